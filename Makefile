@@ -1,0 +1,65 @@
+# Needs: Python >= 3.10 with venv, and PyPI. Everything is installed into $(VENV), nothing outside it.
+#   make test PYTHON=python3.12 VENV=/tmp/venv PYTEST_ARGS="-k layout"
+#   make finetune ARGS="--compare adamw"
+#   make finetune ACCELERATE_ARGS="--config_file recipes/configs/..." TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+ACCELERATE_ARGS ?=
+PYTEST_ARGS ?=
+WORKERS ?= auto
+TORCH_ARGS ?=
+
+SHELL := /bin/sh
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAINED := $(PIP) install -q -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help finetune test lint format clean
+.DELETE_ON_ERROR:
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+finetune: $(VENV)/.installed-hf ## Fine-tune a small Llama with SGC (ARGS="..." goes to recipes/finetune.py)
+	$(BIN)/accelerate launch $(ACCELERATE_ARGS) recipes/finetune.py $(ARGS)
+
+test: $(VENV)/.installed-dev ## Run the tests (PYTEST_ARGS="-k name", WORKERS=1)
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev ## Style, types and the one-way imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev ## Apply the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove what was built, and the default .venv
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is written last, so an interrupted install is taken up again. A half-made environment is thrown away only
+# if this Makefile began it (the .incomplete mark): VENV may name an environment of the user's own.
+$(VENV)/.installed-torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "sgc needs Python 3.10 or newer, but '$(PYTHON)' is $$($(PYTHON) -V 2>&1); choose one with: make PYTHON=python3.12" >&2; exit 1; }
+	@if [ -e $(VENV)/.incomplete ]; then rm -rf $(VENV); fi
+	@if [ ! -x $(BIN)/python ]; then \
+	    echo "Making $(VENV)"; mkdir -p $(VENV) && touch $(VENV)/.incomplete && $(PYTHON) -m venv $(VENV) && rm $(VENV)/.incomplete; fi
+	@echo "Installing torch into $(VENV) (a large download the first time)"
+	$(CONSTRAINED) --upgrade pip setuptools
+	$(CONSTRAINED) $(TORCH_ARGS) torch
+	@touch $@
+
+$(VENV)/.installed-hf: $(VENV)/.installed-torch pyproject.toml constraints.txt
+	$(CONSTRAINED) --no-build-isolation -e '.[hf]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-torch pyproject.toml constraints.txt
+	$(CONSTRAINED) --no-build-isolation -e '.[dev]'
+	@touch $@
