@@ -14,7 +14,9 @@ TORCH_ARGS ?=
 SHELL := /bin/sh
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CONSTRAINED := $(PIP) install -q -c constraints.txt
+INSTALL := $(PIP) install -c constraints.txt
+# setuptools warns about every editable install
+INSTALL_SGC := PYTHONWARNINGS=ignore $(INSTALL) -q --no-build-isolation -e
 
 .DEFAULT_GOAL := help
 .PHONY: help finetune test lint format clean
@@ -51,15 +53,17 @@ $(VENV)/.installed-torch: constraints.txt
 	@if [ -e $(VENV)/.incomplete ]; then rm -rf $(VENV); fi
 	@if [ ! -x $(BIN)/python ]; then \
 	    echo "Making $(VENV)"; mkdir -p $(VENV) && touch $(VENV)/.incomplete && $(PYTHON) -m venv $(VENV) && rm $(VENV)/.incomplete; fi
-	@echo "Installing torch into $(VENV) (a large download the first time)"
-	$(CONSTRAINED) --upgrade pip setuptools
-	$(CONSTRAINED) $(TORCH_ARGS) torch
+	@echo "Installing torch into $(VENV)"
+	$(INSTALL) -q --upgrade pip setuptools
+	$(INSTALL) $(TORCH_ARGS) torch
 	@touch $@
 
 $(VENV)/.installed-hf: $(VENV)/.installed-torch pyproject.toml constraints.txt
-	$(CONSTRAINED) --no-build-isolation -e '.[hf]'
+	@echo "Installing sgc and what its recipes need into $(VENV)"
+	$(INSTALL_SGC) '.[hf]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-torch pyproject.toml constraints.txt
-	$(CONSTRAINED) --no-build-isolation -e '.[dev]'
+	@echo "Installing sgc and what its tests need into $(VENV)"
+	$(INSTALL_SGC) '.[dev]'
 	@touch $@

@@ -25,12 +25,23 @@ EXTRAS = PYPROJECT["project"]["optional-dependencies"]
 
 # Modules that wrap an extra and may need it at import; everything else of `sgc` must import without.
 NEEDS_AN_EXTRA = ("sgc.kernels",)
-OPTIONAL = ["accelerate", "bitsandbytes", "datasets", "deepspeed", "evaluate", "flwr", "matplotlib", "peft", "transformers", "triton"]
+OPTIONAL = [
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "deepspeed",
+    "evaluate",
+    "flwr",
+    "matplotlib",
+    "peft",
+    "transformers",
+    "triton",
+]
 
 
 def run_python(code: str) -> str:
     """Run `code` in a fresh interpreter and return what it printed."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
