@@ -1,0 +1,124 @@
+"""One compression for the optimizer, the wire and the radio: chunk, sparsify, project, recover."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sgc.codec.layout import make_layout
+from sgc.codec.project import Projection, check_projection
+from sgc.codec.recover import METHODS, recover
+from sgc.codec.sparsify import top_entries
+
+__all__ = ["Codec"]
+
+
+class Codec:
+    """Compress tensors to k numbers per chunk, and back.
+
+    Encoding keeps the s largest entries of each chunk of n and projects them through a hashed sign matrix A, so the
+    sketch of a sum of sparse tensors is the sum of their sketches. A depends on `seed` alone: every process and machine
+    makes the same.
+
+    Args:
+        chunk_size: n, wanted entries of a chunk; None makes the whole tensor one chunk.
+        sketch_size: k, numbers kept per chunk; at k ≥ n the sparse chunk is kept as it is.
+        sparsity: s, entries kept of each chunk before projection.
+        seed: of A.
+
+    Raises:
+        ValueError: a size below 1.
+
+    Example:
+        >>> codec = Codec(chunk_size=256, sketch_size=64, sparsity=4)
+        >>> x = torch.zeros(2, 256).index_put((torch.tensor([0, 1]), torch.tensor([5, 9])), torch.tensor([1.0, -2.0]))
+        >>> sketch = codec.encode(x)
+        >>> sketch.shape, torch.allclose(codec.decode(sketch, x.shape), x, atol=1e-4)
+        (torch.Size([2, 64]), True)
+    """
+
+    def __init__(
+        self, chunk_size: int | None = 1024, sketch_size: int = 128, sparsity: int = 16, seed: int = 0
+    ) -> None:
+        sizes = {"sketch_size": sketch_size, "sparsity": sparsity}
+        for name, size in sizes.items() if chunk_size is None else {"chunk_size": chunk_size, **sizes}.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
+        self.chunk_size, self.sketch_size, self.sparsity, self.seed = chunk_size, sketch_size, sparsity, seed
+        self._projection = Projection(sketch_size, seed)
+
+    def __repr__(self) -> str:
+        return (
+            f"Codec(chunk_size={self.chunk_size}, sketch_size={self.sketch_size}, "
+            f"sparsity={self.sparsity}, seed={self.seed})"
+        )
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Sparsify and project a tensor of any shape.
+
+        Args:
+            x: real floating point, finite.
+
+        Returns:
+            The sketch (c, min(k, n)) in fp32.
+
+        Raises:
+            TypeError: x is not a dense real floating-point tensor.
+        """
+        if not x.is_floating_point() or x.layout is not torch.strided:
+            raise TypeError(f"x must be a dense real floating-point tensor, got {x.dtype} in layout {x.layout}")
+        layout = make_layout(x.shape, self.chunk_size)
+        check_projection(layout.chunk, self.sketch_size)
+        sketch = torch.empty(layout.chunks, min(self.sketch_size, layout.chunk), device=x.device)
+        grid = layout.grid(x)
+        for rows, chunks in layout.blocks():
+            index, value = top_entries(layout.cut(grid[rows].float()), self.sparsity)
+            sketch[chunks] = self._projection.project(index, value, layout.chunk)
+        return sketch
+
+    def decode(
+        self, sketch: Tensor, shape: Sequence[int], *, sparsity: int | None = None, method: str = "omp"
+    ) -> Tensor:
+        """Recover the sparse tensor that explains a sketch.
+
+        Args:
+            sketch: (c, min(k, n)), of one tensor or the sum of several tensors' sketches.
+            shape: of the tensor.
+            sparsity: s', entries to recover in each chunk; default s.
+            method: "omp", "gomp", "screened" or "threshold".
+
+        Returns:
+            A tensor of `shape` in fp32 with at most s' entries in each chunk.
+
+        Raises:
+            ValueError: the sketch does not belong to this shape, an unknown method, or s' above k.
+        """
+        layout = make_layout(shape, self.chunk_size)
+        sparsity = self.sparsity if sparsity is None else sparsity
+        expected = (layout.chunks, min(self.sketch_size, layout.chunk))
+        if tuple(sketch.shape) != expected:
+            raise ValueError(
+                f"a tensor of shape {tuple(shape)} has a sketch of shape {expected}, got {tuple(sketch.shape)}"
+            )
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        if not 1 <= sparsity or (self.sketch_size < layout.chunk and sparsity > self.sketch_size):
+            raise ValueError(f"sparsity must be in [1, sketch_size={self.sketch_size}], got {sparsity}")
+        check_projection(layout.chunk, self.sketch_size)
+        lengths = layout.lengths(sketch.device)
+        index, value = recover(sketch.float(), layout.chunk, self._projection, sparsity, method, lengths)
+        flat = torch.zeros(layout.numel, device=sketch.device)
+        place(flat, layout.flat_index(index), value, index, lengths)
+        return flat.view(tuple(shape))
+
+
+def place(flat: Tensor, position: Tensor, value: Tensor, index: Tensor, lengths: Tensor | None) -> None:
+    """Write recovered values into a flat tensor, leaving out what fell on padding."""
+    if lengths is not None:
+        real = index < lengths[:, None]
+        position, value = position[real], value[real]
+    flat[position.reshape(-1)] = value.reshape(-1)

@@ -1,0 +1,84 @@
+"""What the optimizer holds for a tensor: names, shapes, dtypes and bytes, before anything is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sgc.codec.layout import Layout, is_compressed, make_layout, matrix_shape
+from sgc.moments import FACTORED
+from sgc.storage import QUANTIZED_BLOCK
+
+Schema = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def tensor_layout(shape: Sequence[int], group: Mapping[str, Any]) -> Layout | None:
+    """Give the chunks that a tensor's state is made of, or None where the tensor is kept dense."""
+    shape = tuple(shape)
+    if not is_compressed(shape, group["min_size"]):
+        return None
+    if has_basis(shape, group):
+        return make_layout((group["rank"], max(matrix_shape(shape))), group["chunk_size"], within_rows=True)
+    return make_layout(shape, group["chunk_size"])
+
+
+def has_basis(shape: Sequence[int], group: Mapping[str, Any]) -> bool:
+    """Whether a tensor is compressed doubly: `rank` is given, and it is a matrix."""
+    return group["rank"] is not None and min(matrix_shape(tuple(shape))) > 1
+
+
+def state_schema(shape: Sequence[int], group: Mapping[str, Any]) -> Schema:
+    """Name every tensor that the state of a tensor holds, with its shape and dtype."""
+    layout = tensor_layout(shape, group)
+    schema: Schema = {"step": ((), torch.float32)}
+    if layout is None:
+        return schema | dict.fromkeys(("exp_avg", "exp_avg_sq"), (tuple(shape), torch.float32))
+    if has_basis(shape, group):
+        schema["basis"] = ((min(matrix_shape(tuple(shape))), group["rank"]), torch.float32)
+    rule = group["moments"]
+    if rule in FACTORED:
+        schema |= {"row": ((layout.rows,), torch.float32), "col": ((layout.cols,), torch.float32)}
+    second = {"subspace": ("sketch_sq",), "sketched": ("square_sketch",)}.get(rule, ())
+    sketch = (layout.chunks, min(group["sketch_size"], layout.chunk))
+    for name in ("sketch", *second) if group["sketch_size"] else ():
+        if group["state_dtype"] == "int8":
+            schema[name] = (sketch, torch.uint8)
+            schema[name + "_absmax"] = ((math.ceil(math.prod(sketch) / QUANTIZED_BLOCK),), torch.float32)
+        else:
+            schema[name] = (sketch, getattr(torch, group["state_dtype"]))
+    return schema
+
+
+def schema_bytes(schema: Schema) -> int:
+    """Bytes of all tensors of a schema."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in schema.values())
+
+
+def projection_bytes(shapes: Iterable[Sequence[int]], group: Mapping[str, Any]) -> int:
+    """Bytes of the A that the tensors of a group share, as far as it is held."""
+    from sgc.codec.project import Projection
+
+    projection = Projection(group["sketch_size"], group["seed"])
+    layouts = [tensor_layout(shape, group) for shape in shapes]
+    widths = [layout.chunk for layout in layouts if layout is not None and group["sketch_size"] < layout.chunk]
+    return max((4 * n * group["sketch_size"] for n in widths if projection.holds(n)), default=0)
+
+
+def budget_ladder(fixed: Mapping[str, Any]) -> Iterable[dict[str, int]]:
+    """Yield (chunk_size, sketch_size, sparsity) from the largest state to the smallest, keeping what is fixed.
+
+    k = 8·s throughout, the ratio at which recovery was good; small chunks first at equal n/k, which learned better and
+    are cheaper.
+    """
+    ladder = [(n, 8 * s, s) for n, s in ((128, 8), (128, 4), (256, 4), (256, 2), (256, 1), (512, 1), (1024, 1))]
+    seen = []
+    for picked in [dict(zip(("chunk_size", "sketch_size", "sparsity"), sizes, strict=True)) for sizes in ladder] + [
+        {"chunk_size": 256, "sketch_size": 0, "sparsity": 4}
+    ]:
+        free = {name: size for name, size in picked.items() if name not in fixed}
+        if free not in seen:
+            seen.append(free)
+            yield free

@@ -1,0 +1,341 @@
+"""The SGC optimizer: parameter groups, state, checks and statistics. The arithmetic is in `sgc.step`."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgc import memory, moments
+from sgc.arguments import check_group, check_param
+from sgc.codec.layout import Layout
+from sgc.codec.project import Projection, mix
+from sgc.step import PROBED_CHUNKS, Update, adamw_update, apply_dense, apply_sparse, compressed_update, lowrank_update
+
+PROBE_EVERY = 10  # steps from one look at the recovery to the next
+CONFIGURATION = ("chunk_size", "sketch_size", "sparsity", "moments", "rank", "min_size", "state_dtype", "seed")
+_logger = logging.getLogger("sgc")
+
+
+class SGC(torch.optim.Optimizer):
+    """Fine-tune all parameters with an optimizer state of any size: sparse gradient compression.
+
+    Each gradient is whitened, sparsified and projected to k numbers per chunk of n entries; the moments live in that
+    sketch; sparse recovery brings the update back. Use it where `torch.optim.AdamW` stood, with the same learning rate.
+
+    Args:
+        params: parameters, named parameters or groups of them; every keyword below may differ by group.
+        lr: learning rate; AdamW's carries over.
+        betas: β1 of the sketch (for "residual" the decay ρ of what is left), β2 of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, as in AdamW.
+        chunk_size: n, wanted entries of a chunk; None: one chunk per tensor.
+        sketch_size: k, numbers held per chunk; 0: no sketch, only row and column means.
+        sparsity: s, entries of each chunk that are encoded.
+        recovered: s', entries of each chunk that are recovered and updated; default s.
+        moments: "residual", "whitened", "sketched" or "subspace".
+        recovery: "omp", "gomp", "screened" or "threshold".
+        scale: factor between lr and the compressed tensors' updates; default: what makes AdamW's lr carry over.
+        rank: r, of double compression (CESGC): the codec works on PᵀG with P of r columns.
+        refresh_every: updates from one P to the next.
+        min_size: tensors with fewer entries (vectors: 16 times as many) are kept dense, under AdamW in fp32.
+        state_dtype: of the sketches: torch.float32, torch.bfloat16 (stochastically rounded) or "int8" (blockwise).
+        stochastic_rounding: of bf16 weights; False rounds to nearest.
+        maximize: ascend instead of descend.
+        seed: of A, of P's probes and of stochastic rounding.
+
+    Raises:
+        ValueError: an argument out of range.
+        TypeError: a parameter that is not real floating point.
+
+    Example:
+        >>> model = torch.nn.Linear(256, 256)
+        >>> optimizer = SGC(model.parameters(), lr=1e-3)
+        >>> model(torch.randn(4, 256)).square().mean().backward()
+        >>> optimizer.step()
+
+    Source: Yang et al., arXiv 2502.00311; "residual" and "whitened" are ours.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        chunk_size: int | None = 256,
+        sketch_size: int = 32,
+        sparsity: int = 4,
+        recovered: int | None = None,
+        moments: str = "residual",
+        recovery: str = "threshold",
+        scale: float | None = None,
+        rank: int | None = None,
+        refresh_every: int = 200,
+        min_size: int = 4096,
+        state_dtype: torch.dtype | str = torch.float32,
+        stochastic_rounding: bool = True,
+        maximize: bool = False,
+        seed: int = 0,
+    ) -> None:
+        defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
+        self._start()
+        super().__init__(params, defaults)
+
+    def _start(self) -> None:
+        """Make what is not part of a checkpoint."""
+        self._projections: dict[tuple[int, int], Projection] = {}
+        self._supports: dict[Tensor, Tensor] = {}
+        self._probes: list[Tensor] = []
+        self._steps = 0
+        self._grad_norm = math.nan
+        self._skipped = 0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._start()
+        super().__setstate__(state)
+
+    @classmethod
+    def for_budget(cls, params: Iterable[Any], state_bytes: int, **kwargs: Any) -> SGC:
+        """Make the optimizer whose whole state fits in `state_bytes`, and log what was picked.
+
+        Args:
+            params: as for SGC.
+            state_bytes: bytes that all of the state may take.
+            kwargs: as for SGC; what is given is kept.
+
+        Raises:
+            ValueError: even the row and column means do not fit.
+        """
+        params = list(params)
+        smallest = math.inf
+        for picked in memory.budget_ladder(kwargs):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a candidate's warning is not the user's
+                candidate = cls(params, **{**picked, **kwargs})
+            needed = candidate.expected_state_bytes()
+            smallest = min(smallest, needed)
+            if needed <= state_bytes:
+                chosen = ", ".join(f"{name}={value}" for name, value in picked.items())
+                _logger.info("SGC.for_budget: %s takes %d of %d bytes", chosen, needed, state_bytes)
+                return cls(params, **{**picked, **kwargs})
+        raise ValueError(f"state_bytes must be at least {smallest} for these parameters, got {state_bytes}")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, its hyperparameters checked first and tied parameters taken once."""
+        group = {**self.defaults, **param_group}
+        params = group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        group["params"] = list({id(p[1] if isinstance(p, tuple) else p): p for p in params}.values())
+        check_group(group)
+        for number, param in enumerate(group["params"]):
+            check_param(param, number, group)
+        super().add_param_group(group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make one update of every parameter that has a gradient.
+
+        A tensor whose gradient is not finite (or so large that its square is not) is left as it is, with its state, and
+        counted. A gradient of zeros moves nothing but the weight decay.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Raises:
+            TypeError: a gradient in a sparse layout.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        ready = [(number, param, group) for number, param, group in self._numbered() if param.grad is not None]
+        for number, param, _ in ready:
+            if param.grad.layout is not torch.strided:
+                raise TypeError(f"SGC needs dense gradients, parameter {number} has one in layout {param.grad.layout}")
+        self._steps += 1
+        self._probes = [] if self._probing else self._probes
+        norms = _norms([param.grad for _, param, _ in ready])
+        for (number, param, group), norm in zip(ready, norms, strict=True):
+            if math.isfinite(norm):
+                self._update(number, param, group, moves=norm > 0)
+            else:
+                self._skipped += 1
+        self._grad_norm = math.hypot(*norms)
+        return loss
+
+    def _numbered(self) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+        pairs = ((param, group) for group in self.param_groups for param in group["params"])
+        return ((number, param, group) for number, (param, group) in enumerate(pairs))
+
+    def _parameter_name(self, number: int) -> str:
+        names = [
+            name
+            for group in self.param_groups
+            for name in group.get("param_names", [f"parameter {at}" for at in range(len(group["params"]))])
+        ]
+        return names[number]
+
+    def _update(self, number: int, param: Tensor, group: dict[str, Any], moves: bool) -> None:
+        """Update one tensor; without `moves`, only decay it."""
+        state, layout = self.state[param], memory.tensor_layout(param.shape, group)
+        if not state:
+            self._make_state(param, group)
+        lr = float(group["lr"])
+        decay = lr * group["weight_decay"]
+        signed_lr = -lr if group["maximize"] else lr
+        weight = param if param.is_contiguous() else param.contiguous()
+        if not moves:
+            if decay:
+                apply_dense(weight, None, 0.0, decay, self._generator(number, param, group))
+        else:
+            state["step"] += 1
+            generator = self._generator(number, param, group)
+            rounding = generator if group["stochastic_rounding"] else None
+            if layout is None:
+                update = adamw_update(param.grad, state, group["betas"], group["eps"])
+                apply_dense(weight, update, signed_lr, decay, rounding)
+            else:
+                scaled = signed_lr * moments.update_scale(param.numel(), layout.chunks, layout.chunk, group)
+                arguments = (param.grad, state, layout, self._projection(group), group, generator)
+                if memory.has_basis(param.shape, group):
+                    dense, sparse = lowrank_update(*arguments)
+                    apply_dense(weight, dense, scaled, decay, rounding)
+                else:
+                    sparse = compressed_update(*arguments)
+                    apply_sparse(weight, layout, sparse, scaled, decay, rounding)
+                self._probe(param, layout, group, sparse)
+        if weight is not param:
+            param.copy_(weight)
+
+    def _make_state(self, param: Tensor, group: dict[str, Any]) -> None:
+        for name, (shape, dtype) in memory.state_schema(param.shape, group).items():
+            device = "cpu" if name == "step" else param.device
+            self.state[param][name] = torch.zeros(shape, dtype=dtype, device=device)
+
+    def _generator(self, number: int, param: Tensor, group: dict[str, Any]) -> torch.Generator | None:
+        """Seed the stochastic rounding of one tensor's update, so that a resumed run draws the same."""
+        if param.dtype is not torch.bfloat16 and group["state_dtype"] != "bfloat16":
+            return None
+        step = int(self.state[param]["step"])
+        return torch.Generator(param.device).manual_seed(mix(mix(mix(group["seed"] & 0xFFFFFFFF) ^ number) ^ step))
+
+    def _projection(self, group: dict[str, Any]) -> Projection | None:
+        key = (group["sketch_size"], group["seed"])
+        if key[0] and key not in self._projections:
+            self._projections[key] = Projection(*key)
+        return self._projections.get(key)
+
+    @property
+    def _probing(self) -> bool:
+        return self._steps % PROBE_EVERY in (0, 1)
+
+    def _probe(self, param: Tensor, layout: Layout, group: dict[str, Any], update: Update) -> None:
+        """Look at the recovery of the first chunks: at every tenth step and the next, and at the first."""
+        if not self._probing:
+            return
+        index, value = update.index[:PROBED_CHUNKS], update.value[:PROBED_CHUNKS]
+        last = self._supports.pop(param, None)
+        if self._steps % PROBE_EVERY == 0:
+            self._supports[param] = index.clone()
+        overlap = (index[:, :, None] == last[:, None, :]).any(2).float().mean() if last is not None else math.nan
+        left, whole = torch.zeros(2, device=index.device)
+        if update.target is not None and group["moments"] != "sketched":
+            explained = self._projection(group).project(index, value, layout.chunk)
+            left, whole = (update.target - explained).square().sum(), update.target.square().sum()
+        found = torch.as_tensor(overlap, device=index.device)
+        self._probes.append(torch.stack([left, whole, found]))
+
+    def stats(self) -> dict[str, float]:
+        """Say how the optimizer is doing; reading it costs one synchronization.
+
+        Returns:
+            state_bytes: bytes held; compression_ratio: those over AdamW's 8 bytes per parameter; grad_norm: of the last
+            step; skipped_tensors: gradients left out so far because they were not finite; and from the first 16 chunks
+            of each tensor, at the last probed step (the first, and every tenth with the next): recovery_error, the
+            share ‖y − A·u‖/‖y‖ of the sketches that the recovered update leaves unexplained; recovered_fraction, 1 −
+            its square; support_overlap, the share of recovered entries that the step before recovered too. What has not
+            been seen yet is nan.
+        """
+        parameters = sum(param.numel() for _, param, _ in self._numbered())
+        held = self.state_bytes()
+        probes = torch.stack([probe.cpu() for probe in self._probes]) if self._probes else torch.full((1, 3), math.nan)
+        left, whole = probes[:, 0].sum().item(), probes[:, 1].sum().item()
+        unexplained = left / whole if whole > 0 else math.nan
+        return {
+            "state_bytes": float(held),
+            "compression_ratio": held / (8 * parameters) if parameters else math.nan,
+            "grad_norm": self._grad_norm,
+            "skipped_tensors": float(self._skipped),
+            "recovery_error": math.sqrt(unexplained),
+            "recovered_fraction": 1 - unexplained,
+            "support_overlap": probes[:, 2].nanmean().item(),
+        }
+
+    def state_bytes(self) -> int:
+        """Count the bytes really held: every state tensor, A, and the supports kept for `stats`."""
+        state = (value for held in self.state.values() for value in held.values() if isinstance(value, Tensor))
+        tensors = [*state, *self._supports.values(), *self._probes]
+        return sum(t.numel() * t.element_size() for t in tensors) + sum(p.bytes() for p in self._projections.values())
+
+    def expected_state_bytes(self) -> int:
+        """Predict the bytes of state and A when every parameter has been updated."""
+        total = 0
+        shared: dict[tuple[int, int], int] = {}
+        for group in self.param_groups:
+            shapes = [param.shape for param in group["params"]]
+            total += sum(memory.schema_bytes(memory.state_schema(shape, group)) for shape in shapes)
+            key = (group["sketch_size"], group["seed"])
+            shared[key] = max(shared.get(key, 0), memory.projection_bytes(shapes, group))
+        return total + sum(shared.values())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint; dtypes are kept as saved.
+
+        Raises:
+            ValueError: the checkpoint is of another configuration, or holds a tensor of another shape; nothing has been
+                overwritten then.
+        """
+        self._check_loadable(state_dict)
+        super().load_state_dict(state_dict)
+        # torch has cast every tensor of the state to the parameter's dtype: take the saved ones instead
+        for number, param, _ in self._numbered():
+            for name, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor):
+                    device = "cpu" if name == "step" else param.device
+                    self.state[param][name] = value.detach().to(device=device, copy=True)
+
+    def _check_loadable(self, state_dict: dict[str, Any]) -> None:
+        saved_groups = state_dict["param_groups"]
+        if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in self.param_groups]:
+            return  # torch says this well
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            for name in CONFIGURATION:
+                if name in saved and saved[name] != group[name]:
+                    raise ValueError(f"the checkpoint was written with {name}={saved[name]}, this SGC has {group[name]}")
+        for number, param, group in self._numbered():
+            saved = state_dict["state"].get(number)
+            if not saved:
+                continue
+            expected = {name: shape for name, (shape, _) in memory.state_schema(param.shape, group).items()}
+            found = {name: tuple(value.shape) for name, value in saved.items() if isinstance(value, Tensor)}
+            if expected != found:
+                raise ValueError(
+                    f"the state of {self._parameter_name(number)} should hold {expected} for a parameter of shape "
+                    f"{tuple(param.shape)}, the checkpoint holds {found}"
+                )
+
+
+def _norms(gradients: list[Tensor]) -> list[float]:
+    """Give the norm of every gradient in one synchronization; one that is not finite, or overflows, is inf or nan."""
+    if not gradients:
+        return []
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()

@@ -1,0 +1,228 @@
+"""One update of one tensor, the stages in order: whiten, sparsify, project, move the moments, recover, apply."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgc import moments
+from sgc.codec import place
+from sgc.codec.layout import Layout, matrix_shape
+from sgc.codec.lowrank import leading_basis, turn
+from sgc.codec.project import Projection
+from sgc.codec.recover import least_squares, recover
+from sgc.codec.sparsify import top_entries
+from sgc.storage import read_held, stochastic_round, write_held
+
+PROBED_CHUNKS = 16  # chunks of a tensor that a probe looks at
+
+
+class Update(NamedTuple):
+    """The sparse update of a tensor, before `scale` and lr."""
+
+    index: Tensor  # (c, s') positions inside the chunks
+    value: Tensor  # (c, s') fp32
+    encoded: Tensor | None  # the first chunks of p, for a probe
+    target: Tensor | None  # the first chunks of what was recovered from, for a probe
+
+
+def compressed_update(
+    gradient: Tensor,
+    state: dict[str, Any],
+    layout: Layout,
+    projection: Projection | None,
+    group: Mapping[str, Any],
+    generator: torch.Generator | None,
+) -> Update:
+    """Advance the state of one tensor by one gradient, and recover its update u.
+
+    Args:
+        gradient: finite and not all zero, of `layout.shape`, any floating dtype.
+        state: of this tensor, with "step" already counting this update.
+        layout: its chunks.
+        projection: A, or None for the memoryless rule, which applies what it selects.
+        group: the hyperparameters.
+        generator: for the stochastic rounding of bf16 sketches.
+    """
+    t, rule, betas = int(state["step"]), group["moments"], group["betas"]
+    grid = layout.grid(gradient)
+    roots = _whitening(grid, layout, state, betas[1], t) if rule in moments.FACTORED else None
+    if projection is None:
+        index, value = _select(grid, layout, roots, group["recovered"], group["eps"])
+        return Update(index, value, None, None)
+
+    p, q = _encode(grid, layout, roots, projection, group)
+    lengths = layout.lengths(gradient.device)
+    m = read_held(state, "sketch")
+    if rule == "residual":
+        target = moments.residual(m, p, betas[0])
+    elif rule == "whitened":
+        target = moments.whitened(m, p, betas[0], t)
+    elif rule == "subspace":
+        v = read_held(state, "sketch_sq")
+        target = moments.subspace(m, v, p, betas, group["eps"], t)
+        write_held(state, "sketch_sq", v, generator)
+    else:
+        v = read_held(state, "square_sketch")
+        target, square = moments.sketched(m, v, p, q, betas, t)
+        write_held(state, "square_sketch", v, generator)
+
+    first = target[:PROBED_CHUNKS].clone()
+    index, value = recover(target, layout.chunk, projection, group["recovered"], group["recovery"], lengths)
+    if rule == "residual":
+        m.sub_(projection.project(index, value, layout.chunk))
+    elif rule == "sketched":
+        value = moments.sketched_ratio(value, least_squares(square, index, layout.chunk, projection), group["eps"])
+    write_held(state, "sketch", m, generator)
+    return Update(index, value, p[:PROBED_CHUNKS], first)
+
+
+def _whitening(grid: Tensor, layout: Layout, state: dict[str, Any], beta2: float, t: int) -> tuple[Tensor, Tensor]:
+    """Move R and C by the row and column means of g²; return the factors a (rows,), b (cols,) of √v̂."""
+    row = grid.new_empty(layout.rows, dtype=torch.float32)
+    col = grid.new_zeros(layout.cols, dtype=torch.float32)
+    for rows, _ in layout.blocks():
+        block = grid[rows].float()
+        row[rows] = torch.linalg.vector_norm(block, dim=1).square_()
+        col += torch.linalg.vector_norm(block, dim=0).square_()
+    ragged = layout.rows * layout.cols - layout.numel  # a vector's last grid row ends early
+    row /= layout.cols
+    row[-1] *= layout.cols / (layout.cols - ragged)
+    col /= layout.rows
+    if ragged and layout.rows > 1:
+        col[-ragged:] *= layout.rows / (layout.rows - 1)
+    return moments.factor(state["row"], state["col"], row, col, beta2, t)
+
+
+def _select(
+    grid: Tensor, layout: Layout, roots: tuple[Tensor, Tensor] | None, sparsity: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Take the top entries of the (whitened) gradient of every chunk: index and value (c, s)."""
+    parts = [_select_block(grid[rows], layout, roots, rows, sparsity, eps) for rows, _ in layout.blocks()]
+    index, value = zip(*parts, strict=True)
+    return torch.cat(index), torch.cat(value)
+
+
+def _select_block(
+    block: Tensor, layout: Layout, roots: tuple[Tensor, Tensor] | None, rows: slice, sparsity: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    block = block.float()
+    if roots is not None:
+        block = block / torch.outer(roots[0][rows], roots[1]).add_(eps)
+    index, value = top_entries(layout.cut(block), sparsity)
+    return index, value if roots is None else value.clamp(-moments.CLIP, moments.CLIP)
+
+
+def _encode(
+    grid: Tensor, layout: Layout, roots: tuple[Tensor, Tensor] | None, projection: Projection, group: Mapping[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """Sketch the sparse (whitened) gradient, p (c, k), and for "sketched" its squares, q (c, k)."""
+    p = torch.empty(layout.chunks, min(projection.sketch_size, layout.chunk), device=grid.device)
+    q = torch.empty_like(p) if group["moments"] == "sketched" else None
+    for rows, chunks in layout.blocks():
+        index, value = _select_block(grid[rows], layout, roots, rows, group["sparsity"], group["eps"])
+        p[chunks] = projection.project(index, value, layout.chunk)
+        if q is not None:
+            q[chunks] = projection.project(index, value.square(), layout.chunk)
+    return p, q
+
+
+def apply_sparse(
+    weight: Tensor, layout: Layout, update: Update, lr: float, decay: float, generator: torch.Generator | None
+) -> None:
+    """W ← (1 − decay)·W − lr·u, u scattered at its coordinates; bf16 is rounded stochastically given a generator.
+
+    Args:
+        weight: contiguous.
+        layout: its chunks.
+        update: u.
+        lr: learning rate times scale, negative to maximize.
+        decay: learning rate times weight decay.
+        generator: for stochastic rounding, or None.
+    """
+    position, value = layout.flat_index(update.index), update.value
+    lengths = layout.lengths(weight.device)
+    if lengths is not None:
+        real = update.index < lengths[:, None]
+        position, value = position[real], value[real]
+    position, value, flat = position.reshape(-1), value.reshape(-1), weight.view(-1)
+    if weight.dtype is torch.float32:
+        if decay:
+            flat.mul_(1 - decay)
+        flat.index_add_(0, position, value, alpha=-lr)
+        return
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    new = flat[position].to(exact).mul_(1 - decay).sub_(value, alpha=lr)
+    if decay:
+        apply_dense(flat, None, 0.0, decay, generator)
+    flat[position] = rounded(new, weight.dtype, generator)
+
+
+def apply_dense(
+    weight: Tensor, update: Tensor | None, lr: float, decay: float, generator: torch.Generator | None
+) -> None:
+    """W ← (1 − decay)·W − lr·u for a dense u in fp32, or for none."""
+    new = weight.to(torch.promote_types(weight.dtype, torch.float32)) * (1 - decay)
+    if update is not None:
+        new.sub_(update, alpha=lr)
+    weight.copy_(rounded(new, weight.dtype, generator))
+
+
+def rounded(x: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
+    """Round to the dtype of the weights: stochastically to bf16 given a generator, else to nearest."""
+    return stochastic_round(x, generator) if dtype is torch.bfloat16 and generator is not None else x.to(dtype)
+
+
+def lowrank_update(
+    gradient: Tensor,
+    state: dict[str, Any],
+    layout: Layout,
+    projection: Projection | None,
+    group: Mapping[str, Any],
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Update]:
+    """Advance a tensor under double compression: the codec works on PᵀG, the recovered update is P·U.
+
+    Args:
+        gradient: as in `compressed_update`.
+        state: with "basis" P (m, r), all zero before the first update.
+        layout: of PᵀG, (r, m').
+        projection: A, or None.
+        group: the hyperparameters.
+        generator: for the stochastic rounding of bf16 sketches.
+
+    Returns:
+        P·U in the shape of the gradient, fp32, and U.
+    """
+    matrix = gradient.float().reshape(matrix_shape(tuple(gradient.shape)))
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    t, rank = int(state["step"]), layout.shape[0]
+    if (t - 1) % group["refresh_every"] == 0:
+        basis = leading_basis(wide, rank, seed=group["seed"] + t)
+        if t > 1:
+            _turn_state(state, state["basis"], basis, generator)
+        state["basis"].copy_(basis)
+    update = compressed_update(state["basis"].T @ wide, state, layout, projection, group, generator)
+    small = wide.new_zeros(layout.numel)
+    place(small, layout.flat_index(update.index), update.value, update.index, layout.lengths(small.device))
+    dense = state["basis"] @ small.view(layout.shape)
+    return (dense if wide is matrix else dense.T).reshape(gradient.shape), update
+
+
+def _turn_state(state: dict[str, Any], old: Tensor, new: Tensor, generator: torch.Generator | None) -> None:
+    for name in ("sketch", "sketch_sq", "square_sketch"):
+        if name in state:
+            write_held(state, name, turn(read_held(state, name), old, new, squared=name != "sketch"), generator)
+    if "row" in state:
+        state["row"].copy_(turn(state["row"], old, new, squared=True))
+
+
+def adamw_update(gradient: Tensor, state: dict[str, Any], betas: tuple[float, float], eps: float) -> Tensor:
+    """AdamW's update of a tensor that is kept dense, in fp32: m̂ / (√v̂ + ε)."""
+    t, gradient = int(state["step"]), gradient.float()
+    m = moments.ema(state["exp_avg"], gradient, betas[0])
+    v = state["exp_avg_sq"].mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+    return (m / (1 - betas[0] ** t)).div_((v.sqrt() / (1 - betas[1] ** t) ** 0.5).add_(eps))
