@@ -1,0 +1,326 @@
+"""The arguments of `finetune.py`: from a YAML file, the command line or the embedded default; judged before any work."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from sgc import SGC
+
+HERE = Path(__file__).resolve().parent
+TINY_LLAMA = HERE / "assets" / "tiny-llama"
+# What the embedded default sets; with a model or data of your own, transformers' defaults hold.
+EMBEDDED = {
+    "output_dir": "outputs/finetune",
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 64,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "eval_strategy": "steps",
+    "eval_steps": 100,
+    "save_total_limit": 1,
+}
+EMBEDDED_ROWS = {"train": 6400, "test": 320}
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "galore": "galore_adamw", "apollo": "apollo_adamw", "lion": "lion_32bit"}
+PACKAGES = (  # names of optimizers → module to import, package to install
+    (r"galore_", "galore_torch", "galore-torch"),
+    (r"apollo_", "apollo_torch", "apollo-torch"),
+    (r"adamw_torch_[48]bit", "torchao", "torchao"),
+    (r"(ada)?lomo$", "lomo_optim", "lomo-optim"),
+    (r"schedule_free_", "schedulefree", "schedulefree"),
+    (r"grokadamw", "grokadamw", "grokadamw"),
+    (r"stable_adamw", "optimi", "torch-optimi"),
+    (r".*(8bit|bnb|paged|ademamix|lion)", "bitsandbytes", "bitsandbytes"),
+)
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and how much of it is trained."""
+
+    model_name_or_path: str = field(default=str(TINY_LLAMA), metadata={"help": "hub name or folder"})
+    dtype: str = field(default="auto", metadata={"help": "of the weights: auto (the checkpoint's), float32, bfloat16"})
+    lora: bool = field(default=False, metadata={"help": "train low-rank adapters only (peft)"})
+    lora_r: int = field(default=16, metadata={"help": "rank of the adapters"})
+    lora_alpha: int = field(default=32, metadata={"help": "scale of the adapters, times the rank"})
+    lora_dropout: float = 0.0
+    lora_target_modules: str = field(default="all-linear", metadata={"help": "regular expression, or all-linear"})
+    load_in_4bit: bool = field(default=False, metadata={"help": "hold the frozen weights in 4 bits (bitsandbytes)"})
+
+
+@dataclass
+class DataArguments:
+    """Which data, and how it becomes examples."""
+
+    dataset: str | None = field(
+        default=None, metadata={"help": "hub name, json, jsonl, csv, tsv, parquet or txt file, or a folder of such"}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a hub data set"})
+    eval_dataset: str | None = field(default=None, metadata={"help": "as --dataset; else its own test split"})
+    eval_fraction: float = field(default=0.1, metadata={"help": "held out for testing when there is no test split"})
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    task: str = field(default="auto", metadata={"choices": ["auto", "generation", "classification"]})
+    instruction_column: str | None = None
+    input_column: str | None = None
+    output_column: str | None = None
+    messages_column: str | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+    max_length: int | None = field(default=None, metadata={"help": "tokens; default: the model's context, up to 1024"})
+    answers_only: bool = field(default=True, metadata={"help": "loss on answers only, not on prompts"})
+    packing: bool = field(default=False, metadata={"help": "join short training examples; none attends to another"})
+    metric: str = field(
+        default="auto",
+        metadata={
+            "help": "`evaluate` module for generated answers: a name in recipes/metrics, a path, or none; auto is "
+            "exact_match where answers have at most 32 tokens"
+        },
+    )
+    generate_samples: int = field(default=256, metadata={"help": "test rows answered by generating"})
+
+
+@dataclass
+class FinetuneArguments(TrainingArguments):
+    """transformers' TrainingArguments, with `optim` open to SGC and friendlier names."""
+
+    optim: str = field(
+        default="sgc",
+        metadata={"help": "sgc, adamw, sgd, galore, apollo, adafactor, adamw_8bit, … or transformers' name"},
+    )
+    compare: list[str] = field(
+        default_factory=list, metadata={"help": "more optimizers to run from the same start, as name or name@lr"}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"nargs": "?", "const": "last", "help": "a checkpoint folder; bare: the last one"}
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "discard the checkpoints in output_dir"})
+    logging_steps: float = field(default=10, metadata={"help": "as transformers'"})
+    smoke: bool = field(default=False, metadata={"help": "ten steps on little data, to see that it runs"})
+
+    def __post_init__(self) -> None:
+        self.optimizer_name = self.optim
+        self.optim = trainer_name(self.optim)
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing  # the former is the new name
+        self.dataloader_pin_memory &= torch.accelerator.is_available()  # torch warns where there is nothing to pin for
+        super().__post_init__()
+
+    def for_run(self, name: str, learning_rate: float, folder: Path) -> FinetuneArguments:
+        """Return a copy for one run with one optimizer."""
+        args = copy.copy(self)
+        args.optimizer_name, args.optim = name, OptimizerNames(trainer_name(name))
+        args.learning_rate, args.output_dir = learning_rate, str(folder)
+        if args.optim.startswith(("galore", "apollo")) and args.optim_target_modules is None:
+            args.optim_target_modules = "all-linear"
+        return args
+
+
+def trainer_name(name: str) -> str:
+    """Return transformers' name of an optimizer; SGC has none, so that any other stands in its place."""
+    return "sgd" if name == "sgc" else OPTIMIZERS.get(name, name)
+
+
+SGC_OPTIONS = [
+    p for p in inspect.signature(SGC).parameters.values() if p.kind is p.KEYWORD_ONLY
+]  # lr, betas, eps and weight_decay are TrainingArguments
+SGCArguments = dataclasses.make_dataclass(
+    "SGCArguments",
+    [(f"sgc_{p.name}", "str | None", field(default=None, metadata={"help": f"SGC's {p.name}"})) for p in SGC_OPTIONS],
+    namespace={"__doc__": "SGC's own arguments; its defaults hold for what is not given."},
+)
+SGCArguments.__module__ = __name__
+
+
+def sgc_value(text: Any) -> Any:
+    """Read the value of an SGC argument: a number, true, false, none, a torch dtype or a word."""
+    word = str(text)
+    if word.lower() in ("none", "null"):
+        return None
+    if word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    if isinstance(getattr(torch, word, None), torch.dtype):
+        return getattr(torch, word)
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        return word
+
+
+class Parser(HfArgumentParser):
+    """Raises a sentence where argparse prints two hundred lines of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parse(
+    argv: list[str], description: str | None = None
+) -> tuple[ModelArguments, DataArguments, FinetuneArguments, dict[str, Any]]:
+    """Read a YAML file, if the first argument is one, then the command line.
+
+    Args:
+        argv: the command line without the program's name.
+        description: what --help says first.
+
+    Raises:
+        ValueError: a sentence with the rule and the value.
+    """
+    parser = Parser(
+        (ModelArguments, DataArguments, FinetuneArguments, SGCArguments), description=description, allow_abbrev=False
+    )
+    known = {name for cls in parser.dataclass_types for name in cls.__dataclass_fields__}
+    config: dict[str, Any] = {}
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        path, *argv = argv
+        if not Path(path).is_file():
+            raise ValueError(f"the file of arguments '{path}' does not exist")
+        config = yaml.safe_load(Path(path).read_text()) or {}
+        if not isinstance(config, dict):
+            raise ValueError(f"'{path}' must hold lines of the form name: value")
+    for name in config:
+        if name not in known:
+            raise ValueError(unknown_argument(str(name), known))
+    names = {a.split("=")[0].lstrip("-").replace("-", "_") for a in argv if a.startswith("--")} | config.keys()
+    embedded = {"model_name_or_path", "dataset"}.isdisjoint(names)
+    # argparse reads text as it reads the command line; YAML leaves 1e-4 as text
+    texts = {k: str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for k, v in config.items()}
+    parser.set_defaults(**(EMBEDDED if embedded else {}) | texts)
+    *parsed, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if rest:
+        raise ValueError(unknown_argument(rest[0].lstrip("-").split("=")[0], known))
+    model_args, data_args, args, sgc_args = parsed
+    if args.output_dir == "trainer_output" and "output_dir" not in names:
+        raise ValueError("--output_dir must be given with a model or data of your own: it says where the result goes")
+    if embedded and "output_dir" not in names:
+        args.overwrite_output_dir = True
+    if args.smoke:
+        args.max_steps, args.eval_steps, args.logging_steps = 10, 5, 1
+        data_args.max_train_samples = min(data_args.max_train_samples or 320, 320)
+        data_args.max_eval_samples = min(data_args.max_eval_samples or 32, 32)
+    sgc_kwargs = {k.removeprefix("sgc_"): sgc_value(v) for k, v in vars(sgc_args).items() if v is not None}
+    return model_args, data_args, args, sgc_kwargs
+
+
+def unknown_argument(name: str, known: set[str]) -> str:
+    """Return the sentence for a name that is no argument."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"there is no argument '{name}'" + (f"; did you mean '{near[0]}'?" if near else "")
+
+
+def check(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArguments, sgc_kwargs: dict) -> None:
+    """Refuse what can't work, before anything is loaded.
+
+    Raises:
+        ValueError: a sentence with the rule and the value.
+    """
+    runs = runs_of(args)
+    names = [run.name for run in runs]
+    for name in names:
+        full = OPTIMIZERS.get(name, name)
+        choices = {"sgc", *OPTIMIZERS, *(o.value for o in OptimizerNames)}
+        if name not in choices:
+            near = difflib.get_close_matches(name, choices, n=1)
+            raise ValueError(f"there is no optimizer '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+        for pattern, module, package in PACKAGES:
+            if re.match(pattern, full):
+                if importlib.util.find_spec(module) is None:
+                    raise ValueError(f"optimizer '{name}' needs a package: pip install {package}")
+                break
+    if "sgc" in names:
+        SGC([torch.nn.Parameter(torch.zeros(2, 2))], lr=args.learning_rate, **sgc_kwargs)  # judges its own arguments
+    elif sgc_kwargs:
+        raise ValueError(f"--sgc_{next(iter(sgc_kwargs))} is given, but no run uses sgc: --optim {args.optimizer_name}")
+    if model_args.dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype must be auto, float32, bfloat16 or float16, got '{model_args.dtype}'")
+    if model_args.load_in_4bit and not model_args.lora:
+        raise ValueError("--load_in_4bit freezes the weights, so that there must be adapters to train: add --lora")
+    for flag, module in ((model_args.lora, "peft"), (model_args.load_in_4bit, "bitsandbytes")):
+        if flag and importlib.util.find_spec(module) is None:
+            raise ValueError(f"this needs a package: pip install {module}")
+    for name in ("max_train_samples", "max_eval_samples"):
+        if (value := getattr(data_args, name)) is not None and value < 1:
+            raise ValueError(f"--{name} must be 1 or more, got {value}")
+    path = model_args.model_name_or_path
+    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).expanduser().is_dir():
+        made_by = "; python recipes/pretrain_tiny.py makes it" if path == str(TINY_LLAMA) else ""
+        raise ValueError(f"model folder '{path}' does not exist{made_by}")
+    output = Path(args.output_dir)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output_dir must be a folder, got the file '{output}'")
+    if args.resume_from_checkpoint is not None:
+        for run in runs:
+            found = checkpoint_of(args, run)
+            if found is None and run is runs[0]:
+                where = run.folder if args.resume_from_checkpoint == "last" else args.resume_from_checkpoint
+                raise ValueError(f"there is no whole checkpoint to resume from in '{where}'")
+            made = found.parent / "run.json" if found else run.folder
+            made_with = json.loads(made.read_text())["optim"] if made.is_file() else run.name
+            if made_with != run.name:
+                raise ValueError(f"the checkpoint '{found}' was made with --optim {made_with}, got --optim {run.name}")
+    elif output.is_dir() and any(output.iterdir()) and not args.overwrite_output_dir:
+        raise ValueError(
+            f"output_dir '{output}' is not empty: give another, or --resume_from_checkpoint to go on, "
+            "or --overwrite_output_dir to begin anew"
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One optimizer's training run."""
+
+    name: str
+    learning_rate: float
+    folder: Path
+
+
+def runs_of(args: FinetuneArguments) -> list[Run]:
+    """Return the run of every optimizer, the main one first.
+
+    Raises:
+        ValueError: a learning rate after @ is no number, or a name comes twice.
+    """
+    runs = [Run(args.optimizer_name, args.learning_rate, Path(args.output_dir))]
+    for text in args.compare:
+        name, _, rate = text.partition("@")
+        try:
+            lr = float(rate) if rate else args.learning_rate
+        except ValueError:
+            raise ValueError(f"--compare takes a name or name@learning_rate, got '{text}'") from None
+        runs.append(Run(name, lr, Path(args.output_dir) / f"compare-{name}"))
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--compare must name optimizers other than '{names[0]}', each once, got {names[1:]}")
+    return runs
+
+
+def checkpoint_of(args: FinetuneArguments, run: Run) -> Path | None:
+    """Return the checkpoint to resume a run from: the named one, or the last whole one of its folder."""
+    named = args.resume_from_checkpoint
+    if named is None:
+        return None
+    whole = []
+    main = run.folder == Path(args.output_dir)
+    for candidate in [Path(named)] if named != "last" and main else run.folder.glob("checkpoint-*"):
+        try:  # the state is written last, so a checkpoint that has it whole is whole
+            step = json.loads((candidate / "trainer_state.json").read_text())["global_step"]
+        except (OSError, ValueError, KeyError):
+            continue
+        whole.append((step, candidate))
+    return max(whole)[1] if whole else None

@@ -1,0 +1,485 @@
+"""Fine-tune a Hugging Face model with SGC, or with any other optimizer beside it.
+
+    accelerate launch recipes/finetune.py                      # all on its own: no network, no data, no GPU
+    python recipes/finetune.py --compare adamw                 # a second run from the same start, same data order
+    python recipes/finetune.py --smoke                         # ten steps, to see that it runs
+    python recipes/finetune.py my.yaml --max_steps 100         # arguments from a file, overridden by the command line
+
+    python recipes/finetune.py --model_name_or_path meta-llama/Llama-3.2-1B --dataset my.jsonl --output_dir out --bf16
+    python recipes/finetune.py --model_name_or_path MODEL --dataset train.tsv --task classification --output_dir out
+    python recipes/finetune.py --output_dir out --resume_from_checkpoint          # after Ctrl-C; bit-equal
+
+Without arguments it teaches the small Llama of `recipes/assets/tiny-llama`, which can reverse, count and add but has
+never seen an instruction, to do so when asked. Expected on 2 CPU cores, in about a minute: EXPECTED
+
+`--help` lists every argument: those below, SGC's own as `--sgc_…`, and all of transformers' TrainingArguments.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import numpy as np
+import report
+import text_data
+import torch
+import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from arguments import (
+    EMBEDDED_ROWS,
+    DataArguments,
+    FinetuneArguments,
+    ModelArguments,
+    Run,
+    check,
+    checkpoint_of,
+    parse,
+    runs_of,
+)
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.trainer_callback import ProgressCallback
+from word_tasks import instruction_rows
+
+from sgc import SGC
+
+HERE = Path(__file__).resolve().parent
+SHORT_ANSWER = 32  # tokens; up to here an exact match is asked for
+DEFAULT_CONTEXT = 1024  # tokens; a model's context may be more than memory holds
+
+
+@dataclass
+class Job:
+    """All that the runs share: the model's config, the data as examples, how to judge."""
+
+    tokenizer: PreTrainedTokenizerBase
+    config: transformers.PretrainedConfig
+    kind: str
+    max_length: int
+    train: Dataset
+    test: Dataset
+    prompts: list[tuple[list[int], str, int]]
+    metric: evaluate.EvaluationModule | None
+    accuracy: evaluate.EvaluationModule
+
+    @property
+    def classifies(self) -> bool:
+        return self.kind == "classification"
+
+
+def say(text: str) -> None:
+    """Print a line, from one process only."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        tqdm.write(text, file=sys.stdout)
+
+
+# -------------------------------------------------------------------------------------------- model and data
+
+
+def load_metric(name: str) -> evaluate.EvaluationModule:
+    """Open an `evaluate` module of recipes/metrics by its name, or another by its path or hub name."""
+    own = HERE / "metrics" / name
+    try:
+        return evaluate.load(str(own if own.is_dir() else name), keep_in_memory=True)
+    except (FileNotFoundError, ConnectionError) as error:
+        names = ", ".join(sorted(p.name for p in (HERE / "metrics").iterdir()))
+        raise ValueError(f"there is no metric '{name}'; recipes/metrics has {names}") from error
+
+
+def open_rows(args: DataArguments, seed: int, notes: text_data.Notes) -> tuple[Dataset, Dataset]:
+    """Return training and test rows: the embedded task's, or the user's."""
+    if args.dataset is None:
+        train, test = (
+            Dataset.from_list(instruction_rows(EMBEDDED_ROWS[name], test=name == "test", seed=0))
+            for name in ("train", "test")
+        )
+    else:
+        train, test = text_data.split(
+            args.dataset,
+            args.eval_dataset,
+            config=args.dataset_config,
+            eval_fraction=args.eval_fraction,
+            seed=seed,
+            notes=notes,
+        )
+    train = train.select(range(min(len(train), args.max_train_samples or len(train))))
+    return train, test.select(range(min(len(test), args.max_eval_samples or len(test))))
+
+
+def open_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Open the tokenizer and see to its pad token."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.pad_token is None:
+            raise ValueError(f"the tokenizer of '{path}' has neither pad, eos nor unk token; add one to it")
+        say(f"the tokenizer has no pad token: {tokenizer.pad_token!r} is used")
+    return tokenizer
+
+
+def context_of(config: transformers.PretrainedConfig, tokenizer: PreTrainedTokenizerBase, wanted: int | None) -> int:
+    """Return the tokens of an example at most."""
+    bounds = [getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
+    context = int(min([b for b in bounds if b is not None and b < 1e9], default=DEFAULT_CONTEXT))
+    if wanted is not None and not 8 <= wanted <= context:
+        raise ValueError(f"max_length must be in [8, {context}], the model's context, got {wanted}")
+    return wanted or min(context, DEFAULT_CONTEXT)
+
+
+def prepare(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArguments) -> Job:
+    """Open tokenizer, config and data, and make the examples.
+
+    Raises:
+        ValueError: a sentence with the rule and the value.
+    """
+    path, notes = model_args.model_name_or_path, text_data.Notes()
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(path), open_tokenizer(path)
+    except OSError as error:
+        raise ValueError(f"model '{path}' can't be opened: {str(error).splitlines()[0]}") from None
+    if config.is_encoder_decoder:
+        raise ValueError(f"the model must be a decoder or an encoder, got the encoder-decoder '{config.model_type}'")
+    max_length = context_of(config, tokenizer, data_args.max_length)
+    train_rows, test_rows = open_rows(data_args, args.seed, notes)
+    named = {
+        r: getattr(data_args, f"{r}_column") for r in ("instruction", "input", "output", "messages", "text", "label")
+    }
+    layout = text_data.find_layout(train_rows.column_names, named, data_args.task)
+    text_data.find_layout(test_rows.column_names, dict(layout_names(layout)), data_args.task)
+    prompts: list[tuple[list[int], str, int]] = []
+    metric = None
+    if layout.kind == "classification":
+        names = text_data.label_names(train_rows, test_rows, layout.columns["label"])
+        config.num_labels, config.pad_token_id = len(names), tokenizer.pad_token_id
+        config.id2label, config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+        train, test = (
+            text_data.classification_examples(r, layout, tokenizer, names=names, max_length=max_length, notes=notes)
+            for r in (train_rows, test_rows)
+        )
+    else:
+        if tokenizer.chat_template is None and layout.kind != "text":
+            tokenizer.chat_template = text_data.plain_template(tokenizer)
+            say("the tokenizer has no chat template: a plain one is used, and saved with the model")
+        train, test = (
+            text_data.generation_examples(
+                r, layout, tokenizer, max_length=max_length, answers_only=data_args.answers_only, notes=notes
+            )
+            for r in (train_rows, test_rows)
+        )
+        if layout.kind != "text" and data_args.metric != "none" and data_args.generate_samples > 0:
+            prompts = text_data.prompts(test_rows, layout, tokenizer, max_length=max_length)
+            prompts = prompts[: data_args.generate_samples]
+            if data_args.metric != "auto":
+                metric = load_metric(data_args.metric)
+            elif prompts and max(length for *_, length in prompts) <= SHORT_ANSWER:
+                metric = load_metric("exact_match")
+    for line in notes.lines():
+        say(f"note: {line}")
+    if not train or not test:
+        raise ValueError(f"no {'training' if not train else 'test'} example is left of {len(train_rows):,} rows")
+    if data_args.packing and layout.kind != "classification":
+        before, train = len(train), text_data.pack(train, max_length)
+        say(f"note: {before:,} training examples packed into {len(train):,} of up to {max_length} tokens")
+    say(f"data: {layout.kind}, {len(train):,} training and {len(test):,} test examples of up to {max_length} tokens")
+    accuracy = load_metric("accuracy")
+    examples = (Dataset.from_list(train), Dataset.from_list(test))
+    return Job(
+        tokenizer, config, layout.kind, max_length, *examples, [] if metric is None else prompts, metric, accuracy
+    )
+
+
+def layout_names(layout: text_data.Layout) -> list[tuple[str, str]]:
+    """Return the columns that the test rows must have too."""
+    return [(role, column) for role, column in layout.columns.items() if role != "text2"]
+
+
+def load_model(model_args: ModelArguments, job: Job, args: FinetuneArguments) -> torch.nn.Module:
+    """Open the model; with --lora, wrap it."""
+    auto = transformers.AutoModelForSequenceClassification if job.classifies else transformers.AutoModelForCausalLM
+    options: dict[str, Any] = {"dtype": model_args.dtype, "config": copy.deepcopy(job.config)}
+    if job.classifies:
+        options["ignore_mismatched_sizes"] = True  # a head for other classes is made anew
+    if model_args.load_in_4bit:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16 if args.bf16 else torch.float32,
+        )
+    transformers.set_seed(args.seed)  # adapters and a new head start alike in every run
+    model = auto.from_pretrained(model_args.model_name_or_path, **options)
+    if len(job.tokenizer) > model.get_input_embeddings().num_embeddings:
+        say(f"note: the embeddings grow to the tokenizer's {len(job.tokenizer):,} tokens")
+        model.resize_token_embeddings(len(job.tokenizer))
+    if model_args.lora:
+        import peft
+
+        if model_args.load_in_4bit:
+            checkpointing = bool(args.activation_checkpointing)
+            model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+        model = peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                task_type="SEQ_CLS" if job.classifies else "CAUSAL_LM",
+                r=model_args.lora_r,
+                lora_alpha=model_args.lora_alpha,
+                lora_dropout=model_args.lora_dropout,
+                target_modules=model_args.lora_target_modules,
+            ),
+        )
+    return model
+
+
+# -------------------------------------------------------------------------------------------------- training
+
+
+class LossBar(ProgressCallback):
+    """The progress bar shows loss and learning rate; no line is printed for every log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs:
+            shown = {k.removeprefix("eval_"): v for k, v in logs.items() if k in ("loss", "learning_rate")}
+            shown |= {"test": logs["eval_loss"]} if "eval_loss" in logs else {}
+            self.training_bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()})
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C or SIGTERM ends training after the step under way, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.old: dict[int, Any] = {}
+
+    def _note(self, number: int, _: Any) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+        self.old = {}
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.world_size > 1:  # all ranks stop at the same step
+            flag = torch.tensor(self.received, device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            self.received = int(flag)
+        if self.received:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._restore()
+
+
+class BytesHeld(TrainerCallback):
+    """Measures what gradients and optimizer state hold, right before and after a step."""
+
+    def __init__(self) -> None:
+        self.gradients = self.state = 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        self.gradients = max(self.gradients, report.tensor_bytes(grads))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        self.state = report.state_bytes(optimizer)
+
+
+def make_trainer(job: Job, model: torch.nn.Module, args: FinetuneArguments, sgc_kwargs: dict[str, Any]) -> Trainer:
+    """Put model, data, optimizer and callbacks together."""
+
+    def token_accuracy(outputs: transformers.EvalPrediction) -> dict[str, float]:
+        predictions, labels = outputs.predictions, outputs.label_ids
+        if not job.classifies:
+            keep = labels[:, 1:] != text_data.IGNORE  # the token at t is predicted at t - 1
+            predictions, labels = predictions[:, :-1][keep], labels[:, 1:][keep]
+        value = job.accuracy.compute(predictions=predictions, references=labels)["accuracy"]
+        return {"accuracy" if job.classifies else "token_accuracy": value}
+
+    def best(logits: Any, _: torch.Tensor) -> torch.Tensor:
+        return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+    optimizer = None
+    if args.optimizer_name == "sgc":
+        betas = (args.adam_beta1, args.adam_beta2)
+        optimizer = (SGC, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, **sgc_kwargs})
+    pad = job.tokenizer.pad_token_id
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=job.train,
+        eval_dataset=job.test,
+        data_collator=DataCollatorWithPadding(job.tokenizer) if job.classifies else text_data.Collator(pad),
+        processing_class=job.tokenizer,
+        compute_metrics=token_accuracy,
+        preprocess_logits_for_metrics=best,
+        callbacks=[StopOnSignal(), BytesHeld()],
+        optimizer_cls_and_kwargs=optimizer,
+    )
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(LossBar())
+    return trainer
+
+
+def answers(job: Job, trainer: Trainer) -> list[str]:
+    """Let the model answer the test prompts, greedily, spread over the processes."""
+    tokenizer, model = job.tokenizer, trainer.model
+    settings = transformers.GenerationConfig(
+        max_new_tokens=max(length for *_, length in job.prompts),
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=text_data.end_of_turn(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.eval()
+    found: list[str] = []
+    size = trainer.args.per_device_eval_batch_size
+    with PartialState().split_between_processes(job.prompts) as mine:
+        for start in tqdm(range(0, len(mine), size), desc="answering", leave=False, disable=trainer.args.disable_tqdm):
+            batch = [ids for ids, *_ in mine[start : start + size]]
+            width = max(map(len, batch))
+            ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(b)) + b for b in batch])
+            mask = torch.tensor([[0] * (width - len(b)) + [1] * len(b) for b in batch])
+            with torch.inference_mode():
+                out = model.generate(
+                    input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+                )
+            found += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    return gather_object(found) if PartialState().num_processes > 1 else found
+
+
+def judge(job: Job, trainer: Trainer) -> dict[str, float]:
+    """Return loss, accuracy and, where there is one, the metric of generated answers."""
+    logged = trainer.evaluate()
+    scores = {k.removeprefix("eval_"): v for k, v in logged.items() if k.endswith(("_loss", "accuracy"))}
+    if job.metric is not None and job.prompts:
+        wanted = [reference for _, reference, _ in job.prompts]
+        values = job.metric.compute(predictions=answers(job, trainer), references=wanted)
+        scores |= {k: float(v) for k, v in values.items() if isinstance(v, (int, float, np.floating))}
+    return scores
+
+
+def train(
+    job: Job, run: Run, all_args: tuple[ModelArguments, FinetuneArguments], sgc_kwargs: dict[str, Any], *, first: bool
+) -> dict[str, Any]:
+    """Run one optimizer from the common start and return what came of it."""
+    model_args, common = all_args
+    args = common.for_run(run.name, run.learning_rate, run.folder)
+    model = load_model(model_args, job, args)
+    trainer = make_trainer(job, model, args, sgc_kwargs)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    count, total = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
+    say(f"{run.name}: {count:,} of {total:,} parameters are trained, {trained[0].dtype}, lr {run.learning_rate:g}")
+    before = judge(job, trainer) if first else {}
+    if trainer.is_world_process_zero():
+        run.folder.mkdir(parents=True, exist_ok=True)
+        report.write_json(run.folder / "run.json", {"optim": run.name, "sgc": sgc_kwargs, "lr": run.learning_rate})
+
+    transformers.set_seed(args.seed)  # whatever was judged before, every run sees the same noise
+    checkpoint = checkpoint_of(common, run)
+    output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    callbacks = {type(c): c for c in trainer.callback_handler.callbacks}
+    stopped, held = callbacks[StopOnSignal].received, callbacks[BytesHeld]
+    if stopped and trainer.state.global_step < trainer.state.max_steps:
+        say(
+            f"\ninterrupted: {run.folder}/checkpoint-{trainer.state.global_step} is saved; "
+            "the same command with --resume_from_checkpoint goes on from there"
+        )
+        sys.exit(128 + stopped)
+    inner = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    result = {
+        "name": run.name,
+        "learning_rate": run.learning_rate,
+        "before": before,
+        "after": judge(job, trainer),
+        "steps": trainer.state.global_step,
+        "seconds": output.metrics["train_runtime"],
+        "memory": {
+            "weights": report.tensor_bytes(model.parameters()),
+            "gradients": held.gradients,
+            "optimizer_state": held.state,
+            "adamw_state": report.ADAMW_BYTES_PER_PARAMETER * count,
+        },
+        "stats": inner.stats() if hasattr(inner, "stats") else {},
+        "history": trainer.state.log_history,
+    }
+    if first:
+        result["history"] = [{"step": 0, "eval_loss": before["loss"]}, *result["history"]]
+        save(trainer, run.folder)
+    return result
+
+
+def save(trainer: Trainer, folder: Path) -> None:
+    """Write the model into a folder beside its place, then move its files there."""
+    fresh = folder / ".model"
+    trainer.save_model(str(fresh))
+    if trainer.is_world_process_zero():
+        for file in fresh.iterdir():
+            os.replace(file, folder / file.name)
+        fresh.rmdir()
+
+
+def fine_tune(argv: list[str]) -> None:
+    """Do the whole job: arguments, data, a run for every optimizer, tables and files."""
+    model_args, data_args, args, sgc_kwargs = parse(argv, __doc__)
+    check(model_args, data_args, args, sgc_kwargs)
+    started = time.perf_counter()
+    with args.main_process_first(desc="data"):
+        job = prepare(model_args, data_args, args)
+    runs = runs_of(args)
+    if args.overwrite_output_dir and args.resume_from_checkpoint is None and PartialState().is_main_process:
+        for old in (*Path(args.output_dir).glob("checkpoint-*"), *Path(args.output_dir).glob("compare-*/checkpoint-*")):
+            shutil.rmtree(old)
+    results: dict[str, Any] = {"runs": []}
+    for run in runs:
+        results["runs"].append(train(job, run, (model_args, args), sgc_kwargs, first=run is runs[0]))
+    if not PartialState().is_main_process:
+        return
+    results["before"] = results["runs"][0].pop("before")
+    packages = ("torch", "transformers", "accelerate", "datasets", "peft")
+    results["versions"] = {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
+    results["arguments"] = {"argv": argv, "model": vars(model_args), "data": vars(data_args), "sgc": sgc_kwargs}
+    results["seconds"] = time.perf_counter() - started
+    output = Path(args.output_dir)
+    report.write_json(output / "results.json", results)
+    report.plot_losses(output / "loss.png", results["runs"])
+    say(f"\n{report.report(results)}\n\n{output}: the model, results.json, loss.png; {results['seconds']:.0f} s in all")
+
+
+def main() -> None:
+    """Say bad input in a sentence, and stop."""
+    try:
+        fine_tune(sys.argv[1:])
+    except ValueError as error:
+        say(f"finetune.py: error: {error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        say("\ninterrupted: nothing was being trained, nothing is saved")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
