@@ -65,15 +65,17 @@ def sketched(m: Tensor, v: Tensor, p: Tensor, q: Tensor, betas: tuple[float, flo
     return ema(m, p, betas[0]) / (1 - betas[0] ** t), ema(v, q, betas[1]) / (1 - betas[1] ** t)
 
 
-def sketched_ratio(m: Tensor, v: Tensor, eps: float) -> Tensor:
+def sketched_ratio(m: Tensor, v: Tensor, real: Tensor | None, eps: float) -> Tensor:
     """u = m̂ / (√v̂ + ε), with v̂ floored at max(m̂², mean of v̂ over the recovered entries of the tensor).
 
     Args:
         m: m̂ recovered, (c, s').
-        v: v̂ solved for on the same support, (c, s').
+        v: v̂ solved for on the same support, (c, s'), 0 on padding.
+        real: which of them are no padding, (c, s'); None: all.
         eps: ε.
     """
-    floor = torch.maximum(m.square(), v.clamp(min=0).mean())
+    mean = v.clamp(min=0).sum() / (v.numel() if real is None else real.sum())
+    floor = torch.maximum(m.square(), mean)
     return m / (torch.maximum(v, floor).sqrt() + eps)
 
 

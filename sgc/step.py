@@ -75,7 +75,8 @@ def compressed_update(
     if rule == "residual":
         m.sub_(projection.project(index, value, layout.chunk))
     elif rule == "sketched":
-        value = moments.sketched_ratio(value, least_squares(square, index, layout.chunk, projection), group["eps"])
+        v = least_squares(square, index, layout.chunk, projection, lengths)
+        value = moments.sketched_ratio(value, v, None if lengths is None else index < lengths[:, None], group["eps"])
     write_held(state, "sketch", m, generator)
     return Update(index, value, p[:PROBED_CHUNKS], first)
 

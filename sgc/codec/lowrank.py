@@ -42,7 +42,7 @@ def turn(rows: Tensor, old_basis: Tensor, new_basis: Tensor, *, squared: bool = 
     what independent rows would give.
 
     Args:
-        rows: (r, …) along the rank axis.
+        rows: (r·pieces, …), the rank axis first.
         old_basis: P_old (m, r).
         new_basis: P_new (m, r).
         squared: whether `rows` holds squares.
@@ -50,4 +50,4 @@ def turn(rows: Tensor, old_basis: Tensor, new_basis: Tensor, *, squared: bool = 
     rotation = new_basis.T @ old_basis
     if squared:
         rotation = rotation.square()
-    return (rotation @ rows.reshape(rows.shape[0], -1)).view_as(rows)
+    return (rotation @ rows.reshape(old_basis.shape[1], -1)).view_as(rows)

@@ -110,11 +110,16 @@ def _best(score: Tensor, count: int) -> Tensor:
     return score.argmax(1, keepdim=True) if count == 1 else score.topk(count, dim=1).indices
 
 
-def least_squares(sketch: Tensor, index: Tensor, n: int, projection: Projection) -> Tensor:
-    """Solve for the values (c, s') that best explain the sketches (c, k) on a given support (c, s')."""
+def least_squares(
+    sketch: Tensor, index: Tensor, n: int, projection: Projection, lengths: Tensor | None = None
+) -> Tensor:
+    """Solve for the values (c, s') that best explain the sketches (c, k) on a given support (c, s'); 0 on padding."""
     if projection.sketch_size >= n:
         return sketch.gather(1, index)
-    return _least_squares(projection.gather(index, n), sketch)
+    columns = projection.gather(index, n)
+    if lengths is not None:
+        columns = columns * (index < lengths[:, None])[:, :, None]
+    return _least_squares(columns, sketch)
 
 
 def _least_squares(columns: Tensor, y: Tensor) -> Tensor:
