@@ -1,4 +1,4 @@
-"""The arguments of `finetune.py`: from a YAML file, the command line or the embedded default; judged before any work."""
+"""The arguments of `finetune.py`: of a YAML file, the command line, the embedded default; judged before any work."""
 
 from __future__ import annotations
 
@@ -133,7 +133,15 @@ class FinetuneArguments(TrainingArguments):
 
 
 def trainer_name(name: str) -> str:
-    """Return transformers' name of an optimizer; SGC has none, so that any other stands in its place."""
+    """Return transformers' name of an optimizer; SGC has none, so that any other stands in its place.
+
+    Raises:
+        ValueError: nobody knows the name.
+    """
+    choices = ["sgc", *OPTIMIZERS, *(o.value for o in OptimizerNames)]
+    if name not in choices:
+        near = difflib.get_close_matches(name, choices, n=1)
+        raise ValueError(f"there is no optimizer '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""))
     return "sgd" if name == "sgc" else OPTIMIZERS.get(name, name)
 
 
@@ -155,8 +163,9 @@ def sgc_value(text: Any) -> Any:
         return None
     if word.lower() in ("true", "false"):
         return word.lower() == "true"
-    if isinstance(getattr(torch, word, None), torch.dtype):
-        return getattr(torch, word)
+    dtype = getattr(torch, word, None)
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return dtype
     try:
         return ast.literal_eval(word)
     except (ValueError, SyntaxError):
@@ -233,13 +242,8 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: FinetuneAr
     runs = runs_of(args)
     names = [run.name for run in runs]
     for name in names:
-        full = OPTIMIZERS.get(name, name)
-        choices = {"sgc", *OPTIMIZERS, *(o.value for o in OptimizerNames)}
-        if name not in choices:
-            near = difflib.get_close_matches(name, choices, n=1)
-            raise ValueError(f"there is no optimizer '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""))
         for pattern, module, package in PACKAGES:
-            if re.match(pattern, full):
+            if re.match(pattern, trainer_name(name)):
                 if importlib.util.find_spec(module) is None:
                     raise ValueError(f"optimizer '{name}' needs a package: pip install {package}")
                 break
@@ -251,6 +255,8 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: FinetuneAr
         raise ValueError(f"--dtype must be auto, float32, bfloat16 or float16, got '{model_args.dtype}'")
     if model_args.load_in_4bit and not model_args.lora:
         raise ValueError("--load_in_4bit freezes the weights, so that there must be adapters to train: add --lora")
+    if data_args.packing and args.use_cache:
+        raise ValueError("--packing must go without --use_cache: with a cache, packed examples attend to each other")
     for flag, module in ((model_args.lora, "peft"), (model_args.load_in_4bit, "bitsandbytes")):
         if flag and importlib.util.find_spec(module) is None:
             raise ValueError(f"this needs a package: pip install {module}")

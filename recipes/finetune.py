@@ -31,23 +31,10 @@ from typing import Any
 
 import evaluate
 import numpy as np
-import report
-import text_data
 import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from arguments import (
-    EMBEDDED_ROWS,
-    DataArguments,
-    FinetuneArguments,
-    ModelArguments,
-    Run,
-    check,
-    checkpoint_of,
-    parse,
-    runs_of,
-)
 from datasets import Dataset
 from tqdm import tqdm
 from transformers import (
@@ -59,9 +46,22 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_callback import ProgressCallback
-from word_tasks import instruction_rows
 
+import report
+import text_data
+from arguments import (
+    EMBEDDED_ROWS,
+    DataArguments,
+    FinetuneArguments,
+    ModelArguments,
+    Run,
+    check,
+    checkpoint_of,
+    parse,
+    runs_of,
+)
 from sgc import SGC
+from word_tasks import instruction_rows
 
 HERE = Path(__file__).resolve().parent
 SHORT_ANSWER = 32  # tokens; up to here an exact match is asked for
@@ -390,6 +390,12 @@ def train(
     args = common.for_run(run.name, run.learning_rate, run.folder)
     model = load_model(model_args, job, args)
     trainer = make_trainer(job, model, args, sgc_kwargs)
+    if "position_ids" in job.train.column_names and not text_data.packs_are_isolated(
+        model, job.config.get_text_config().vocab_size
+    ):
+        raise ValueError(
+            f"--packing needs a model that keeps packed examples apart; '{job.config.model_type}' does not"
+        )
     trained = [p for p in model.parameters() if p.requires_grad]
     count, total = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
     say(f"{run.name}: {count:,} of {total:,} parameters are trained, {trained[0].dtype}, lr {run.learning_rate:g}")

@@ -23,6 +23,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 from word_tasks import statements
 
 ASSETS = Path(__file__).resolve().parent / "assets" / "tiny-llama"

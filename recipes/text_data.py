@@ -69,7 +69,7 @@ class Notes:
 
     def lines(self) -> list[str]:
         """Return one line per kind of change."""
-        return [f"{count:,} {what}" for what, count in self.counts.items()]
+        return [f"{what}: {count:,}" for what, count in self.counts.items()]
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -256,17 +256,20 @@ def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -
     def text(part: list[dict[str, str]], *, prompt: bool = False) -> str:
         return tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=prompt)
 
-    pieces: list[tuple[str, bool]] = []
-    done = ""
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    for i in turns:
-        before, after = text(messages[:i], prompt=True), text(messages[: i + 1])
-        if not (before.startswith(done) and after.startswith(before)):
-            if i == turns[-1]:
-                raise ValueError("this chat template rewrites what came before an answer; loss on answers can't be cut")
-            continue  # a template that rewrites earlier turns: they stay part of the prompt of the last one
-        pieces += [(before[len(done) :], False), (after[len(before) :], True)]
-        done = after
+    spans = [(text(messages[:i], prompt=True), text(messages[: i + 1])) for i in turns]
+    whole = spans[-1][1]
+    if not whole.startswith(spans[-1][0]):
+        raise ValueError(
+            "this chat template rewrites the prompt once it has the answer; the loss can't be kept to answers"
+        )
+    pieces: list[tuple[str, bool]] = []
+    done = 0
+    for before, after in spans:
+        # a template may rewrite an earlier turn (drop its thoughts): that one stays part of the prompt
+        if whole.startswith(after) and after.startswith(before) and len(before) >= done:
+            pieces += [(whole[done : len(before)], False), (whole[len(before) : len(after)], True)]
+            done = len(after)
     return pieces
 
 
@@ -277,7 +280,7 @@ def encode_pieces(
     ids: list[int] = []
     labels: list[int] = []
     for text, is_answer in pieces:
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         ids += tokens
         labels += tokens if is_answer or not answers_only else [IGNORE] * len(tokens)
     labels[:1] = [IGNORE]  # nothing precedes the first token, also inside a pack
@@ -318,7 +321,7 @@ def generation_examples(
             if not text:
                 notes.counts["rows without text left out"] += 1
                 continue
-            ids = prefix_tokens(tokenizer) + tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = prefix_tokens(tokenizer) + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             ids += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
             if len(ids) > max_length:
                 notes.counts[f"texts longer than {max_length} tokens cut into several examples"] += 1
@@ -335,7 +338,7 @@ def generation_examples(
         if len(example["input_ids"]) > max_length:
             example = {name: values[:max_length] for name, values in example.items()}
             if all(label == IGNORE for label in example["labels"]):
-                notes.counts[f"examples left out: the answer begins after {max_length} tokens"] += 1
+                notes.counts[f"examples left out, because the answer begins after {max_length} tokens"] += 1
                 continue
             notes.counts[f"examples cut to {max_length} tokens"] += 1
         examples.append(example)
@@ -394,7 +397,7 @@ def classification_examples(
     examples = []
     for row in rows:
         texts = [row[layout.columns[role]] or "" for role in ("text", "text2") if role in layout.columns]
-        encoded = tokenizer(*texts)
+        encoded = tokenizer(*texts, verbose=False)
         if len(encoded["input_ids"]) > max_length:
             encoded = tokenizer(*texts, truncation=True, max_length=max_length)
             notes.counts[f"examples cut to {max_length} tokens"] += 1
@@ -410,7 +413,7 @@ def pack(examples: list[dict[str, list[int]]], max_length: int) -> list[dict[str
     """Join short examples, in order, into rows of up to `max_length` tokens.
 
     `position_ids` begin again at 0 with every example; without an attention mask, transformers' decoders read that
-    as the border between sequences, and no example attends to another.
+    as the border between sequences, and no example attends to another (as long as the model keeps no cache).
     """
     packs: list[dict[str, list[int]]] = []
     for example in examples:
@@ -421,6 +424,24 @@ def pack(examples: list[dict[str, list[int]]], max_length: int) -> list[dict[str
         packs[-1]["labels"] += example["labels"]
         packs[-1]["position_ids"] += range(length)
     return packs
+
+
+def packs_are_isolated(model: torch.nn.Module, vocab_size: int) -> bool:
+    """Return whether what stands first in a pack leaves the logits of what follows as they are, bit for bit."""
+    half = 8
+    first, second = torch.randint(vocab_size, (2, half)), torch.randint(vocab_size, (half,))
+    positions = torch.arange(half).repeat(2)[None].to(model.device)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        one, other = (
+            model(
+                input_ids=torch.cat([f, second])[None].to(model.device), position_ids=positions, use_cache=False
+            ).logits
+            for f in first
+        )
+    model.train(training)
+    return torch.equal(one[:, half:], other[:, half:])
 
 
 @dataclass
