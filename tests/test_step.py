@@ -112,7 +112,9 @@ def test_agrees_with_the_twin_when_one_entry_is_recovered(rule, method):
 # Those that pick one by one would pick from rounding noise once the s entries encoded first are found.
 @pytest.mark.parametrize("method", ["gomp", "threshold"])
 def test_agrees_with_the_twin_when_more_entries_are_recovered_than_encoded(method):
-    check_beside_twin((6, 64), moments="residual", recovery=method, betas=(0.95, 0.95), sparsity=4, recovered=5, steps=3)
+    check_beside_twin(
+        (6, 64), moments="residual", recovery=method, betas=(0.95, 0.95), sparsity=4, recovered=5, steps=3
+    )
 
 
 @pytest.mark.parametrize("rule", RULES)

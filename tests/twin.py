@@ -183,7 +183,12 @@ class Twin:
 
     def _root(self, gradient):
         rows, b2 = len(self.R), self.betas[1]
-        row_sum, row_count, col_sum, col_count = np.zeros(rows), np.zeros(rows), np.zeros(self.cols), np.zeros(self.cols)
+        row_sum, row_count, col_sum, col_count = (
+            np.zeros(rows),
+            np.zeros(rows),
+            np.zeros(self.cols),
+            np.zeros(self.cols),
+        )
         for at, g in enumerate(gradient):
             row_sum[at // self.cols] += g * g
             row_count[at // self.cols] += 1
@@ -194,7 +199,9 @@ class Twin:
         row, col = self.R / (1 - b2**self.t), self.C / (1 - b2**self.t)
         mean_row, mean_col = sum(row) / rows, sum(col) / self.cols
         row, col = np.maximum(row, FLOOR * mean_row), np.maximum(col, FLOOR * mean_col)
-        return np.array([math.sqrt(row[at // self.cols] * col[at % self.cols] / mean_row) for at in range(gradient.size)])
+        return np.array(
+            [math.sqrt(row[at // self.cols] * col[at % self.cols] / mean_row) for at in range(gradient.size)]
+        )
 
     def _top(self, size, count, exact=False, whole=None):
         """The positions of the largest, lowest first among equals; note how clear the cut was."""
@@ -250,7 +257,9 @@ class Twin:
         first = np.abs(self.A[:, allowed].T @ y)
         whole = max(first) or 1.0
         if self.recovery == "screened":
-            allowed = sorted(self._top(first, SCREEN_FACTOR * self.taken, exact=True))  # a close cut here rarely matters
+            allowed = sorted(
+                self._top(first, SCREEN_FACTOR * self.taken, exact=True)
+            )  # a close cut here rarely matters
         passes = {"omp": self.taken, "screened": self.taken, "gomp": min(GOMP_PASSES, self.taken), "threshold": 1}
         support, rest, value = [], y, []
         for number in range(passes[self.recovery]):

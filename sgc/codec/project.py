@@ -41,7 +41,7 @@ def sign_columns(columns: Tensor, sketch_size: int, seed: int) -> Tensor:
     bits = mix(mix(column)[:, None] ^ mix(word))
     row = torch.arange(32, device=columns.device)
     signs = ((bits[:, :, None] >> row) & 1).view(len(columns), -1)[:, :sketch_size]
-    return (signs.float() * 2 - 1) / math.sqrt(sketch_size)
+    return (signs.float() * 2 - 1) * (1 / math.sqrt(sketch_size))  # a quotient is rounded differently on a GPU
 
 
 class Projection:
