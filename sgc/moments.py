@@ -109,7 +109,7 @@ def factor(row: Tensor, col: Tensor, row_mean: Tensor, col_mean: Tensor, beta2: 
     correction = 1 - beta2**t
     row_hat = ema(row, row_mean, beta2) / correction
     col_hat = ema(col, col_mean, beta2) / correction
-    mean = row_hat.mean()
+    mean = row_hat.mean().clamp(min=torch.finfo(torch.float32).tiny)  # squares of 1e-22 vanish
     row_hat = torch.maximum(row_hat, FLOOR * mean)
     col_hat = torch.maximum(col_hat, FLOOR * col_hat.mean())
     return (row_hat / mean).sqrt(), col_hat.sqrt()

@@ -1,0 +1,122 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sgc import moments
+from tests.tolerances import ADAMW, EPS, SUM
+
+BETAS, EPSILON = (0.9, 0.99), 1e-3
+
+
+def normal(*shape, seed=0):
+    return torch.tensor(np.random.default_rng(seed).standard_normal(shape), dtype=torch.float32)
+
+
+def test_a_moment_moves_in_place_towards_the_new_value():
+    moment, new = normal(3, 5), normal(3, 5, seed=1)
+    expected = 0.9 * moment + 0.1 * new
+    held = moments.ema(moment, new, 0.9)
+    assert held is moment
+    assert (moment - expected).abs().max() <= 4 * EPS * 3
+
+
+def test_the_first_subspace_step_is_the_sign_of_the_sketch():
+    p = normal(4, 8)
+    y = moments.subspace(torch.zeros(4, 8), torch.zeros(4, 8), p, BETAS, 0.0, 1)
+    assert (y - p.sign()).abs().max() <= ADAMW
+
+
+def test_subspace_is_adam_on_the_sketch():
+    m, v = torch.zeros(4, 8), torch.zeros(4, 8)
+    param = torch.nn.Parameter(torch.zeros(4, 8))
+    adam = torch.optim.Adam([param], lr=1.0, betas=BETAS, eps=EPSILON)
+    for t in range(1, 8):
+        p, before = normal(4, 8, seed=t), param.detach().clone()
+        y = moments.subspace(m, v, p, BETAS, EPSILON, t)
+        param.grad = p
+        adam.step()
+        assert (y - (before - param.detach())).abs().max() <= ADAMW + 8 * EPS
+
+
+@pytest.mark.parametrize("rule", ["whitened", "sketched", "subspace"])
+def test_a_constant_sketch_is_its_own_unbiased_mean_at_every_step(rule):
+    p, q = normal(4, 8), normal(4, 8).square()
+    m, v = torch.zeros(4, 8), torch.zeros(4, 8)
+    for t in range(1, 30):
+        if rule == "whitened":
+            mean = moments.whitened(m, p, 0.9, t)
+        elif rule == "sketched":
+            mean, square = moments.sketched(m, v, p, q, BETAS, t)
+            assert (square - q).abs().max() <= SUM * float(q.max()) * 8  # 1 − 0.99^t is as small as 1/100
+        else:
+            mean = moments.subspace(m, v, p, BETAS, 0.0, t) * p.abs()
+        assert (mean - p).abs().max() <= SUM * float(p.abs().max())
+
+
+def test_the_residual_keeps_what_is_not_taken_out():
+    e = normal(3, 4)
+    p, before = normal(3, 4, seed=1), e.clone()
+    held = moments.residual(e, p, 0.75)
+    assert held is e
+    assert torch.equal(e, 0.75 * before + p)
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 2**32))
+def test_the_factored_second_moment_is_exact_for_a_gradient_of_rank_one(rows, cols, seed):
+    """√v̂ᵢⱼ = |gᵢⱼ| where g² = r·cᵀ, whatever β2, as long as nothing reaches the floor."""
+    rng = np.random.default_rng(seed)
+    r, c = (torch.tensor(rng.uniform(0.1, 1, size), dtype=torch.float32) for size in (rows, cols))
+    g = torch.outer(r, c)
+    row, col = torch.zeros(rows), torch.zeros(cols)
+    for t in range(1, 4):
+        a, b = moments.factor(row, col, g.square().mean(1), g.square().mean(0), 0.999, t)
+        # 1 − β2^t is computed in float64, the EMA of a fp32 zero adds two roundings: some 2⁻²² · 1/(1 − β2)·EPS is left
+        assert (torch.outer(a, b) - g).abs().max() <= SUM * float(g.max())
+
+
+def test_rows_and_columns_count_for_at_least_the_floor_of_their_mean():
+    g = torch.ones(10, 20)
+    g[3] = 0
+    g[:, 5] = 0
+    a, b = moments.factor(torch.zeros(10), torch.zeros(20), g.square().mean(1), g.square().mean(0), 0.9, 1)
+    mean_row, mean_col = float(g.square().mean(1).mean()), float(g.square().mean(0).mean())
+    assert float(a[3]) == pytest.approx(math.sqrt(moments.FLOOR), rel=1e-5)
+    assert float(b[5]) == pytest.approx(math.sqrt(moments.FLOOR * mean_col), rel=1e-5)
+    assert float(a[0]) == pytest.approx(math.sqrt(float(g[0].square().mean()) / mean_row), rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-24, 1e-22, 1e-21, 1e-19, 1e-10, 1.0, 1e10, 1e15])
+def test_the_second_moment_of_gradients_of_any_size_is_finite(size):
+    """Squares of 1e-22 vanish in fp32, and their EMA does sooner."""
+    square = torch.full((6,), size).square()
+    a, b = moments.factor(torch.zeros(6), torch.zeros(6), square, square, 0.999, 1)
+    assert bool(a.isfinite().all())
+    assert bool(b.isfinite().all())
+
+
+def test_sketched_ratios_are_at_most_one():
+    """v̂ is floored at m̂², also where its least squares came out negative."""
+    m, v = normal(5, 4), normal(5, 4, seed=1)
+    u = moments.sketched_ratio(m, v, None, 0.0)
+    assert float(u.abs().max()) <= 1 + SUM
+    assert torch.equal(u.sign(), m.sign())
+
+
+def test_sketched_ratios_are_floored_at_the_mean_of_the_real_entries():
+    m, v = torch.tensor([[0.1, 0.1], [0.1, 0.0]]), torch.tensor([[4.0, 0.0], [5.0, 0.0]])
+    real = torch.tensor([[True, True], [True, False]])
+    u = moments.sketched_ratio(m, v, real, 0.0)
+    assert (u - torch.tensor([[0.1 / 2, 0.1 / math.sqrt(3)], [0.1 / math.sqrt(5), 0.0]])).abs().max() <= 4 * EPS
+
+
+def test_a_given_scale_is_taken_as_it_is():
+    group = {"scale": 3, "recovered": 4}
+    assert moments.update_scale(1000, 10, 100, group) == 3.0
+
+
+def test_the_default_scale_is_one_where_every_entry_moves():
+    assert moments.update_scale(1000, 10, 100, {"scale": None, "recovered": 100, "sparsity": 100, "sketch_size": 100}) == 1.0
