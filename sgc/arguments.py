@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from sgc.codec.layout import matrix_shape
 from sgc.codec.project import check_projection
 from sgc.codec.recover import METHODS
 from sgc.moments import FACTORED, RULES
-from sgc.storage import STATE_DTYPES
+from sgc.storage import STATE_DTYPES, check_state_dtype
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -22,12 +23,19 @@ def check_group(group: dict[str, Any]) -> None:
 
     Raises:
         ValueError: a value out of range.
-        TypeError: a size that is not a whole number.
+        TypeError: a size that is not a whole number, or a rate that is no number.
+        ImportError: state_dtype is "int8" and bitsandbytes is missing.
     """
     for name in ("chunk_size", "sketch_size", "sparsity", "recovered", "rank", "refresh_every", "min_size", "seed"):
         optional = name in ("chunk_size", "recovered", "rank")
         if not (isinstance(group[name], int) or (optional and group[name] is None)):
             raise TypeError(f"{name} must be a whole number{' or None' * optional}, got {group[name]!r}")
+    for name in ("lr", "eps", "weight_decay", "scale"):
+        optional = name == "scale"
+        if not (isinstance(group[name], Real | Tensor) or (optional and group[name] is None)):
+            raise TypeError(f"{name} must be a number{' or None' * optional}, got {group[name]!r}")
+    if not (isinstance(group["betas"], tuple | list) and all(isinstance(beta, Real) for beta in group["betas"])):
+        raise TypeError(f"betas must be two numbers in [0, 1), got {group['betas']!r}")
     group["recovered"] = group["sparsity"] if group["recovered"] is None else group["recovered"]
     group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
     group["betas"] = tuple(group["betas"])
@@ -65,6 +73,7 @@ def check_group(group: dict[str, Any]) -> None:
             f"sketch_size=0 keeps only the row and column means of {' and '.join(map(repr, FACTORED))}; "
             f"moments={group['moments']!r} has none"
         )
+    check_state_dtype(group["state_dtype"])
     if 0 < k < min(4 * r, most):
         warnings.warn(
             f"sketch_size={k} is small for recovering {r} entries of each chunk: sketch_size={4 * r} would do",

@@ -114,28 +114,36 @@ class SGC(torch.optim.Optimizer):
         Raises:
             ValueError: even the row and column means do not fit.
         """
-        params = list(params)
-        smallest = math.inf
+        params = [_listed(param) for param in params]
+        smallest, refused = math.inf, None
         for picked in memory.budget_ladder(kwargs):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a candidate's warning is not the user's
-                candidate = cls(params, **{**picked, **kwargs})
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # a candidate's warning is not the user's
+                    candidate = cls(params, **{**picked, **kwargs})
+            except ValueError as error:  # what is picked may not go with what is fixed
+                refused = refused or error
+                continue
             needed = candidate.expected_state_bytes()
             smallest = min(smallest, needed)
             if needed <= state_bytes:
                 chosen = ", ".join(f"{name}={value}" for name, value in picked.items())
                 _logger.info("SGC.for_budget: %s takes %d of %d bytes", chosen, needed, state_bytes)
                 return cls(params, **{**picked, **kwargs})
+        if refused is not None and smallest == math.inf:
+            raise refused
         raise ValueError(f"state_bytes must be at least {smallest} for these parameters, got {state_bytes}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, its hyperparameters checked first and tied parameters taken once."""
         group = {**self.defaults, **param_group}
         params = group["params"]
+        if isinstance(params, set):
+            raise TypeError("parameters must be in an ordered collection, a set has another order in every run")
         params = [params] if isinstance(params, Tensor) else list(params)
         group["params"] = list({id(p[1] if isinstance(p, tuple) else p): p for p in params}.values())
         check_group(group)
-        for number, param in enumerate(group["params"]):
+        for number, param in enumerate(group["params"], start=sum(len(other["params"]) for other in self.param_groups)):
             check_param(param, number, group)
         super().add_param_group(group)
 
@@ -176,12 +184,8 @@ class SGC(torch.optim.Optimizer):
         return ((number, param, group) for number, (param, group) in enumerate(pairs))
 
     def _parameter_name(self, number: int) -> str:
-        names = [
-            name
-            for group in self.param_groups
-            for name in group.get("param_names", [f"parameter {at}" for at in range(len(group["params"]))])
-        ]
-        return names[number]
+        names = [name for group in self.param_groups for name in group.get("param_names", [None] * len(group["params"]))]
+        return names[number] or f"parameter {number}"
 
     def _update(self, number: int, param: Tensor, group: dict[str, Any], moves: bool) -> None:
         """Update one tensor; without `moves`, only decay it."""
@@ -331,6 +335,13 @@ class SGC(torch.optim.Optimizer):
                     f"the state of {self._parameter_name(number)} should hold {expected} for a parameter of shape "
                     f"{tuple(param.shape)}, the checkpoint holds {found}"
                 )
+
+
+def _listed(params: Any) -> Any:
+    """Hold the parameters of a group in a list, so that they can be gone through more than once."""
+    if not isinstance(params, dict) or isinstance(params["params"], Tensor | set):
+        return params
+    return {**params, "params": list(params["params"])}
 
 
 def _norms(gradients: list[Tensor]) -> list[float]:

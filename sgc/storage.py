@@ -61,6 +61,12 @@ def held_bytes(entries: int, state_dtype: str) -> int:
     return entries * getattr(torch, state_dtype).itemsize
 
 
+def check_state_dtype(state_dtype: str) -> None:
+    """Raise ImportError where what a storage form needs is not installed."""
+    if state_dtype == "int8":
+        _bitsandbytes()
+
+
 def _bitsandbytes():
     try:
         import bitsandbytes.functional as bnb
