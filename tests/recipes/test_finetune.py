@@ -1,0 +1,253 @@
+"""The whole command: it runs, its files open, it can be stopped and goes on bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import finetune
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "recipes" / "finetune.py"
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+QUICK = ["--max_train_samples", "80", "--max_eval_samples", "16", "--eval_strategy", "no", "--generate_samples", "0"]
+
+pytestmark = pytest.mark.usefixtures("offline")
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same(left, right):
+    """Bit-equal tensors under the same names."""
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """One smoke run with a comparison, which several tests look at."""
+    folder = tmp_path_factory.mktemp("smoke")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        finetune.fine_tune(["--smoke", "--compare", "adamw", "--output_dir", str(folder), "--disable_tqdm", "true"])
+    return folder
+
+
+def test_the_smoke_run_learns_and_says_what_it_holds(smoke):
+    found = results(smoke)
+    assert [run["name"] for run in found["runs"]] == ["sgc", "adamw"]
+    for run in found["runs"]:
+        assert run["after"]["loss"] < found["before"]["loss"]
+        assert set(run["after"]) == {"loss", "token_accuracy", "exact_match"}
+        assert run["steps"] == 10
+    sgc, adamw = (run["memory"] for run in found["runs"])
+    weights_held = sum(t.nbytes for t in weights(smoke).values())
+    assert sgc["weights"] == adamw["weights"] == sgc["gradients"] == adamw["gradients"] == weights_held
+    assert adamw["adamw_state"] == 2 * weights_held
+    assert adamw["optimizer_state"] == pytest.approx(2 * weights_held, rel=1e-3)
+    assert sgc["optimizer_state"] < adamw["optimizer_state"] / 2
+
+
+def test_the_runs_start_alike(smoke):
+    first = [run["history"][0 if run["name"] != "sgc" else 1]["loss"] for run in results(smoke)["runs"]]
+    assert first[0] == first[1]  # the loss of step 1 is taken before any update
+
+
+def test_the_saved_model_opens_and_answers(smoke):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(smoke), AutoTokenizer.from_pretrained(smoke)
+    prompt = [{"role": "user", "content": "Shout the word.\nabc"}]
+    inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert model.generate(**inputs, max_new_tokens=4, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_the_plot_is_a_png_and_no_half_written_file_is_left(smoke):
+    assert (smoke / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not [p for p in smoke.iterdir() if p.name.startswith(".")]
+
+
+def test_the_same_command_makes_the_same_weights(smoke, tmp_path):
+    finetune.fine_tune(["--smoke", "--output_dir", str(tmp_path)])
+    assert same(weights(smoke), weights(tmp_path))
+
+
+def interrupt_at(step, number=signal.SIGINT):
+    """Return a callback's method that sends a signal to this process while step `step` is under way."""
+
+    def on_step_begin(callback, args, state, control, **kwargs):
+        if state.global_step == step - 1:
+            os.kill(os.getpid(), number)
+
+    return on_step_begin
+
+
+# peft asks transformers for a name that will go
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("options", "file"),
+    [
+        (["--optim", "adamw", "--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "8"], "model"),
+        (["--optim", "sgc", "--lora", "--lora_dropout", "0.1"], "adapter_model"),
+    ],
+    ids=["adamw with accumulation", "sgc on adapters with dropout"],
+)
+@pytest.mark.parametrize("step", [2, 5], ids=["within an epoch", "at its end"])
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch, options, file, step):
+    command = [*QUICK, *options, "--num_train_epochs", "2"]
+    finetune.fine_tune([*command, "--output_dir", str(tmp_path / "whole")])
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.StopOnSignal, "on_step_begin", interrupt_at(step))
+        with pytest.raises(SystemExit) as stop:
+            finetune.fine_tune([*command, "--output_dir", str(tmp_path / "parts")])
+    assert stop.value.code == 128 + signal.SIGINT
+    assert (tmp_path / "parts" / f"checkpoint-{step}").is_dir()
+    assert not (tmp_path / "parts" / "results.json").exists()
+    finetune.fine_tune([*command, "--output_dir", str(tmp_path / "parts"), "--resume_from_checkpoint"])
+    left, right = (load_file(tmp_path / part / f"{file}.safetensors") for part in ("whole", "parts"))
+    assert same(left, right)
+
+
+def test_ctrl_c_in_a_terminal_saves_a_checkpoint_that_goes_on_bit_for_bit(tmp_path):
+    command = [sys.executable, str(SCRIPT), *QUICK, "--num_train_epochs", "4", "--logging_steps", "1"]
+    whole = subprocess.Popen(
+        [*command, "--output_dir", str(tmp_path / "whole")], env=ENVIRONMENT, stderr=subprocess.DEVNULL
+    )
+    parts = subprocess.Popen(
+        [*command, "--output_dir", str(tmp_path / "parts")],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    seen = ""
+    while "learning_rate=" not in seen:  # the bar of a run under way
+        more = parts.stderr.read(64)
+        assert more, seen
+        seen += more
+    parts.send_signal(signal.SIGINT)
+    said, _ = parts.communicate(timeout=120)
+    assert parts.returncode == 128 + signal.SIGINT
+    assert "is saved; the same command with --resume_from_checkpoint goes on from there" in said
+    (checkpoint,) = (tmp_path / "parts").glob("checkpoint-*")
+    assert 0 < json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] < 20
+    again = [*command, "--output_dir", str(tmp_path / "parts"), "--resume_from_checkpoint"]
+    assert subprocess.run(again, env=ENVIRONMENT, stderr=subprocess.DEVNULL, check=False).returncode == 0
+    assert whole.wait(timeout=120) == 0
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_two_processes_train_one_model_and_speak_once(tmp_path):
+    config = ROOT / "recipes" / "configs" / "cpu_ddp.yaml"
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config),
+        "--main_process_port",
+        "0",
+    ]
+    command = [*launch, str(SCRIPT), "--smoke", "--output_dir", str(tmp_path)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("after sgc") == 1
+    assert results(tmp_path)["runs"][0]["after"]["loss"] < results(tmp_path)["before"]["loss"]
+
+
+def test_bad_input_is_a_sentence_and_exit_code_2_without_a_traceback(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "--dataset", "missing.json", "--output_dir", str(tmp_path / "o")])
+    with pytest.raises(SystemExit) as stop:
+        finetune.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().out.strip() == "finetune.py: error: data file 'missing.json' does not exist"
+    assert not (tmp_path / "o").exists()
+
+
+def rows_file(folder, rows):
+    path = folder / "rows.parquet"
+    Dataset.from_list(rows).to_parquet(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--text_column", "body"], "there is no column 'body'; the data set has text"),
+        (["--max_length", "100000"], r"max_length must be in \[8, 256\], the model's context, got 100000"),
+        (["--metric", "bleurgh"], "there is no metric 'bleurgh'; recipes/metrics has accuracy, exact_match"),
+        (["--eval_fraction", "1.5"], r"eval_fraction must be in \(0, 1\), got 1.5"),
+    ],
+)
+def test_what_only_the_data_shows_is_refused_with_a_sentence_too(tmp_path, options, sentence):
+    rows = [{"text": f"a text with the number {i}"} for i in range(20)]
+    if "--metric" in options:
+        rows = [{"prompt": f"say {i}", "completion": f"{i}"} for i in range(20)]
+    with pytest.raises(ValueError, match=sentence):
+        finetune.fine_tune(["--dataset", rows_file(tmp_path, rows), "--output_dir", str(tmp_path / "out"), *options])
+
+
+def test_plain_text_is_learnt_in_packs(tmp_path):
+    path = rows_file(tmp_path, [{"text": f"one {i} two {i + 1} three " * (1 + i % 9)} for i in range(200)])
+    options = ["--packing", "--max_steps", "10", "--learning_rate", "1e-3", "--max_length", "128"]
+    finetune.fine_tune(["--dataset", path, "--output_dir", str(tmp_path / "out"), *options])
+    found = results(tmp_path / "out")
+    assert found["runs"][0]["after"]["loss"] < found["before"]["loss"]
+
+
+def test_an_encoder_learns_to_classify_pairs(tmp_path, tokenizer):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    BertForSequenceClassification(
+        BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)
+    ).save_pretrained(tmp_path / "bert")
+    tokenizer.model_max_length = 64
+    tokenizer.save_pretrained(tmp_path / "bert")
+    rows = [
+        {"sentence1": "abc"[i % 3] * 5, "sentence2": str(i), "label": ["low", "mid", "high"][i % 3]} for i in range(300)
+    ]
+    options = ["--max_steps", "60", "--learning_rate", "5e-3", "--per_device_train_batch_size", "16"]
+    common = ["--model_name_or_path", str(tmp_path / "bert"), "--dataset", rows_file(tmp_path, rows)]
+    finetune.fine_tune([*common, "--output_dir", str(tmp_path / "out"), *options])
+    found = results(tmp_path / "out")
+    assert found["runs"][0]["after"]["accuracy"] > 0.9 > found["before"]["accuracy"]
+    opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert opened.config.id2label == {0: "high", 1: "low", 2: "mid"}
+
+
+def test_a_tokenizer_without_pad_token_or_chat_template_is_served_aloud(tmp_path, tokenizer, capsys):
+    import shutil
+
+    from arguments import TINY_LLAMA
+
+    shutil.copytree(TINY_LLAMA, tmp_path / "bare", ignore=shutil.ignore_patterns("*.jinja"))
+    tokenizer.chat_template = tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "bare")
+    options = ["--model_name_or_path", str(tmp_path / "bare"), "--smoke", "--output_dir", str(tmp_path / "out")]
+    finetune.fine_tune(options)
+    said = capsys.readouterr().out
+    assert "the tokenizer has no pad token: '<|eos|>' is used" in said
+    assert "the tokenizer has no chat template: a plain one is used, and saved with the model" in said
+    assert "### Response:" in AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+
+
+def test_real_instructions_lower_the_loss_of_a_real_model(tmp_path, shared):
+    model, data = shared / "stories260k", shared / "instruct" / "alpaca_en_demo.json"
+    options = ["--max_steps", "10", "--learning_rate", "3e-3", "--max_train_samples", "100", "--max_eval_samples", "20"]
+    common = ["--model_name_or_path", str(model), "--dataset", str(data), "--output_dir", str(tmp_path / "out")]
+    finetune.fine_tune([*common, *options, "--max_length", "256"])
+    found = results(tmp_path / "out")
+    assert found["runs"][0]["after"]["loss"] < found["before"]["loss"] - 0.2
