@@ -141,7 +141,10 @@ class SGC(torch.optim.Optimizer):
         if isinstance(params, set):
             raise TypeError("parameters must be in an ordered collection, a set has another order in every run")
         params = [params] if isinstance(params, Tensor) else list(params)
-        group["params"] = list({id(p[1] if isinstance(p, tuple) else p): p for p in params}.values())
+        once: dict[int, Any] = {}
+        for param in params:
+            once.setdefault(id(param[1] if isinstance(param, tuple) else param), param)
+        group["params"] = list(once.values())
         check_group(group)
         for number, param in enumerate(group["params"], start=sum(len(other["params"]) for other in self.param_groups)):
             check_param(param, number, group)
@@ -184,7 +187,9 @@ class SGC(torch.optim.Optimizer):
         return ((number, param, group) for number, (param, group) in enumerate(pairs))
 
     def _parameter_name(self, number: int) -> str:
-        names = [name for group in self.param_groups for name in group.get("param_names", [None] * len(group["params"]))]
+        names = [
+            name for group in self.param_groups for name in group.get("param_names", [None] * len(group["params"]))
+        ]
         return names[number] or f"parameter {number}"
 
     def _update(self, number: int, param: Tensor, group: dict[str, Any], moves: bool) -> None:
@@ -323,7 +328,9 @@ class SGC(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
             for name in CONFIGURATION:
                 if name in saved and saved[name] != group[name]:
-                    raise ValueError(f"the checkpoint was written with {name}={saved[name]}, this SGC has {group[name]}")
+                    raise ValueError(
+                        f"the checkpoint was written with {name}={saved[name]}, this SGC has {group[name]}"
+                    )
         for number, param, group in self._numbered():
             saved = state_dict["state"].get(number)
             if not saved:
@@ -348,5 +355,6 @@ def _norms(gradients: list[Tensor]) -> list[float]:
     """Give the norm of every gradient in one synchronization; one that is not finite, or overflows, is inf or nan."""
     if not gradients:
         return []
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    singles = (gradient.float() if gradient.dtype is torch.float64 else gradient for gradient in gradients)
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in singles]
     return torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()

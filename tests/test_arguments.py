@@ -6,7 +6,14 @@ import torch
 
 from sgc import SGC
 
-BASE = {"chunk_size": 32, "sketch_size": 16, "sparsity": 4, "min_size": 64, "moments": "residual", "recovery": "threshold"}
+BASE = {
+    "chunk_size": 32,
+    "sketch_size": 16,
+    "sparsity": 4,
+    "min_size": 64,
+    "moments": "residual",
+    "recovery": "threshold",
+}
 
 
 def matrix():

@@ -119,4 +119,7 @@ def test_a_given_scale_is_taken_as_it_is():
 
 
 def test_the_default_scale_is_one_where_every_entry_moves():
-    assert moments.update_scale(1000, 10, 100, {"scale": None, "recovered": 100, "sparsity": 100, "sketch_size": 100}) == 1.0
+    assert (
+        moments.update_scale(1000, 10, 100, {"scale": None, "recovered": 100, "sparsity": 100, "sketch_size": 100})
+        == 1.0
+    )

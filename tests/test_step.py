@@ -117,9 +117,10 @@ def test_agrees_with_the_twin_when_more_entries_are_recovered_than_encoded(metho
     )
 
 
+@pytest.mark.parametrize("recovered", [6, 32], ids=["part", "all"])
 @pytest.mark.parametrize("rule", RULES)
-def test_agrees_with_the_twin_when_the_sketch_is_the_chunk(rule):
-    check_beside_twin((6, 77), moments=rule, recovery="omp", sketch_size=64, recovered=6)
+def test_agrees_with_the_twin_when_the_sketch_is_the_chunk(rule, recovered):
+    check_beside_twin((6, 77), moments=rule, recovery="omp", sketch_size=128, sparsity=recovered)
 
 
 @pytest.mark.parametrize("shape", [(12, 96), (10, 77), (41, 6), (250,), (8, 3, 5, 5)])

@@ -21,7 +21,10 @@ def test_stochastic_rounding_goes_to_a_neighbour_and_its_mean_is_the_number(valu
     exact = float(torch.tensor(value).double())
     low, high = (float(end) for end in (rounded.min(), rounded.max()))
     assert low <= exact <= high
-    assert torch.tensor(low).bfloat16().view(torch.int16).int().sub(torch.tensor(high).bfloat16().view(torch.int16)).abs() == 1
+    assert (
+        torch.tensor(low).bfloat16().view(torch.int16).int().sub(torch.tensor(high).bfloat16().view(torch.int16)).abs()
+        == 1
+    )
     share = (exact - low) / (high - low)
     deviation = (high - low) * math.sqrt(share * (1 - share) / tries)
     assert abs(float(rounded.mean()) - exact) <= SIGMAS * deviation

@@ -5,16 +5,16 @@ import math
 EPS = 2.0**-23  # fp32: distance from 1 to the next number
 EPS_BF16 = 2.0**-7
 
-# fp32 against the float64 twin, relative to the largest entry: a step adds up about k·s' ≤ 2¹¹ products (error √2¹¹·EPS),
-# divides by roots of sums, solves systems of condition < 10 and sums over 4 to 6 steps.
+# fp32 against the float64 twin, relative to the largest entry: a step adds up about k·s' ≤ 2¹¹ products (√2¹¹·EPS),
+# divides by roots of sums, solves systems of condition < 10 and sums over 3 to 5 steps.
 TWIN = 2**8 * EPS
 
 # The twin's choices are clear where the gap to the next candidate, relative to the largest, is this much: TWIN, once on
 # each side.
 MARGIN = 2 * TWIN
 
-# 50 steps against torch.optim.AdamW, relative to lr: each step's quotient is rounded a few times, errors add up as a walk
-# of 50 steps with |u| ≤ 10 (1/(1 − β1)); W itself, |W| < 8, is rounded once a step by half a unit.
+# 50 steps against torch.optim.AdamW, relative to lr: each step's quotient is rounded a few times, errors add up as a
+# walk of 50 steps with |u| ≤ 10 (1/(1 − β1)); W itself, |W| < 8, is rounded once a step by half a unit.
 ADAMW = 4 * math.sqrt(50) * 10 * EPS
 ADAMW_WEIGHT = math.sqrt(50) * 8 * EPS
 
@@ -31,6 +31,5 @@ RIDGE_VALUE = 1e-4
 # A rotation applied to fp32 numbers, relative to their norm: sums of r ≤ 16 products, twice.
 TURN = 2**5 * EPS
 
-# Chance that a statistical test fails by chance alone, and the normal quantile that goes with it (two sides).
-CHANCE = 1e-6
+# Standard deviations that chance alone exceeds in one of 10⁶ tries (two sides).
 SIGMAS = 4.9

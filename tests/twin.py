@@ -65,8 +65,8 @@ def lay_out(shape, wanted, within_rows=False):
         n = -(-cols // pieces)
     chunks = []
     for row in range(rows):
-        for at in range(0, cols, n):
-            chunks.append([row * cols + column for column in range(at, min(at + n, cols))])
+        starts = range(row * cols, row * cols + cols, n)
+        chunks += [list(range(at, min(at + n, row * cols + cols))) for at in starts]
     return chunks, n, cols
 
 

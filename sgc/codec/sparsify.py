@@ -18,7 +18,7 @@ def top_entries(x: Tensor, sparsity: int) -> tuple[Tensor, Tensor]:
     """
     n = x.shape[1]
     if sparsity >= n:
-        return torch.arange(n, device=x.device).expand(x.shape[0], n), x
+        return torch.arange(n, device=x.device).expand(x.shape[0], n), x.clone()
     magnitude = x.abs()
     if sparsity == 1:
         index = magnitude.argmax(1, keepdim=True)  # the first of several maxima

@@ -66,7 +66,7 @@ def test_the_methods_stay_near_the_oracle_on_well_sampled_sparse_input(method):
     n, s, k = 512, 4, 128
     projection = Projection(k, 4)
     index, value = sparse_chunks(200, n, s, 3, equal=True)
-    found, amount = recover_entries(projection.project(index, value, n), n, projection, s, method)
+    found, _ = recover_entries(projection.project(index, value, n), n, projection, s, method)
     assert float((found == index).all(1).float().mean()) >= 0.95
 
 
@@ -92,7 +92,7 @@ def test_positions_are_distinct_ascending_and_inside_the_chunk(method, n, k, s, 
     assert index.shape == value.shape == (5, min(s, n))
     assert index.dtype == torch.int64
     assert value.dtype == torch.float32
-    assert 0 <= int(index.min())
+    assert int(index.min()) >= 0
     assert int(index.max()) < n
     assert bool((index.diff(dim=1) > 0).all())
     assert bool(value.isfinite().all())
@@ -114,7 +114,8 @@ def test_padding_never_gets_a_value_nor_moves_the_others(method, k, seed, s, rea
     assert ((~padding).sum(1) >= torch.minimum(lengths, torch.tensor(s))).all()
     if k < n:
         again = least_squares(y, index, n, projection, lengths)
-        assert (again - value).abs().max() <= 1e-3 * max(1.0, float(value.abs().max()))
+        # between equal columns the values may be shared at will, what they explain may not
+        assert projection.project(index, again - value, n).norm() <= RIDGE_VALUE * y.norm()
 
 
 @pytest.mark.parametrize("method", METHODS)

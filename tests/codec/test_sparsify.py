@@ -60,6 +60,15 @@ def test_all_entries_are_kept_in_order_when_as_many_are_wanted():
         assert torch.equal(value, x)
 
 
+@pytest.mark.parametrize("sparsity", [2, 5])
+def test_the_values_are_a_copy(sparsity):
+    x = torch.randn(3, 5)
+    _, value = top_entries(x, sparsity)
+    before = value.clone()
+    x.zero_()
+    assert torch.equal(value, before)
+
+
 def test_no_chunks_give_no_entries():
     index, value = top_entries(torch.zeros(0, 9), 4)
     assert index.shape == value.shape == (0, 4)
