@@ -412,6 +412,19 @@ def test_a_non_contiguous_parameter_moves_as_a_contiguous_one(min_size):
     assert torch.equal(*ends)
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_non_contiguous_gradient_is_read_in_logical_order(rank):
+    gradient = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    ends = []
+    for given_gradient in (gradient, gradient.T.contiguous().T, torch.stack([gradient, -gradient], dim=2)[..., 0]):
+        (p,) = make_params([(8, 64)])
+        p.grad = given_gradient
+        SGC([p], **BASE, rank=rank, lr=0.1).step()
+        ends.append(p.detach())
+    for found in ends[1:]:  # sums may take another order
+        assert (found - ends[0]).abs().max() <= TWIN * float(ends[0].abs().max())
+
+
 def test_channels_last_weights_move_as_contiguous_ones():
     ends = []
     for memory_format in (torch.contiguous_format, torch.channels_last):

@@ -3,6 +3,8 @@ import pytest
 import torch
 
 from sgc import SGC
+from sgc.codec import project
+from sgc.codec.layout import Layout
 from tests.tolerances import MARGIN, TWIN
 from tests.twin import Twin, matrix_sides
 
@@ -134,6 +136,14 @@ def test_agrees_with_the_twin_without_a_sketch(rule, shape):
 @pytest.mark.parametrize("rule", RULES)
 def test_agrees_with_the_twin_under_double_compression(rule, shape, rank):
     check_beside_twin(shape, moments=rule, recovery="omp", rank=rank, refresh_every=2, steps=5)
+
+
+@pytest.mark.parametrize("shape", [(12, 96), (41, 6), (250,)])
+@pytest.mark.parametrize("rule", RULES)
+def test_agrees_with_the_twin_when_worked_in_small_blocks_with_a_projection_never_held(rule, shape, monkeypatch):
+    monkeypatch.setattr(Layout.blocks, "__defaults__", (70,))
+    monkeypatch.setattr(project, "HELD_ENTRIES", 0)
+    check_beside_twin(shape, moments=rule, recovery="omp", steps=3)
 
 
 @pytest.mark.parametrize("rule", RULES)
