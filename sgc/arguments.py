@@ -17,6 +17,8 @@ from sgc.codec.recover import METHODS
 from sgc.moments import FACTORED, RULES
 from sgc.storage import STATE_DTYPES, check_state_dtype
 
+SKETCH_PER_ENTRY = 8  # numbers of a sketch per entry encoded, where `sparsity` is not given: recovery was good at 4 to 8
+
 
 def check_group(group: dict[str, Any]) -> None:
     """Check the hyperparameters of a group, and put `state_dtype`, `betas` and `recovered` in their plain form.
@@ -27,7 +29,7 @@ def check_group(group: dict[str, Any]) -> None:
         ImportError: state_dtype is "int8" and bitsandbytes is missing.
     """
     for name in ("chunk_size", "sketch_size", "sparsity", "recovered", "rank", "refresh_every", "min_size", "seed"):
-        optional = name in ("chunk_size", "recovered", "rank")
+        optional = name in ("chunk_size", "sparsity", "recovered", "rank")
         if not (isinstance(group[name], int) or (optional and group[name] is None)):
             raise TypeError(f"{name} must be a whole number{' or None' * optional}, got {group[name]!r}")
     for name in ("lr", "eps", "weight_decay", "scale"):
@@ -36,6 +38,8 @@ def check_group(group: dict[str, Any]) -> None:
             raise TypeError(f"{name} must be a number{' or None' * optional}, got {group[name]!r}")
     if not (isinstance(group["betas"], tuple | list) and all(isinstance(beta, Real) for beta in group["betas"])):
         raise TypeError(f"betas must be two numbers in [0, 1), got {group['betas']!r}")
+    if group["sparsity"] is None and group["sketch_size"] > 0:
+        group["sparsity"] = max(1, group["sketch_size"] // SKETCH_PER_ENTRY)
     group["recovered"] = group["sparsity"] if group["recovered"] is None else group["recovered"]
     group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
     group["betas"] = tuple(group["betas"])
@@ -53,9 +57,9 @@ def check_group(group: dict[str, Any]) -> None:
         ),
         (n is None or n >= 2, "chunk_size must be at least 2, or None for one chunk per tensor", "chunk_size"),
         (k >= 0, "sketch_size must not be negative", "sketch_size"),
-        (1 <= s <= most, f"sparsity must be in [1, {bound}]", "sparsity"),
-        (1 <= r <= most, f"recovered must be in [1, {bound}]", "recovered"),
-        (k == 0 or r <= k, f"recovered (by default sparsity) must be in [1, sketch_size={k}]", "recovered"),
+        (s is None or 1 <= s <= most, f"sparsity must be in [1, {bound}]", "sparsity"),
+        (r is None or 1 <= r <= most, f"recovered must be in [1, {bound}]", "recovered"),
+        (k == 0 or k >= most or r is None or r <= k, f"recovered (by default sparsity) must be in [1, sketch_size={k}]", "recovered"),
         (group["moments"] in RULES, f"moments must be one of {', '.join(RULES)}", "moments"),
         (group["recovery"] in METHODS, f"recovery must be one of {', '.join(METHODS)}", "recovery"),
         (group["state_dtype"] in STATE_DTYPES, f"state_dtype must be one of {', '.join(STATE_DTYPES)}", "state_dtype"),
@@ -74,7 +78,7 @@ def check_group(group: dict[str, Any]) -> None:
             f"moments={group['moments']!r} has none"
         )
     check_state_dtype(group["state_dtype"])
-    if 0 < k < min(4 * r, most):
+    if r is not None and 0 < k < min(4 * r, most):
         warnings.warn(
             f"sketch_size={k} is small for recovering {r} entries of each chunk: sketch_size={4 * r} would do",
             stacklevel=4,

@@ -129,4 +129,5 @@ def update_scale(entries: int, chunks: int, chunk: int, group: Mapping[str, Any]
     """
     if group["scale"] is not None:
         return float(group["scale"])
-    return math.sqrt(entries / (chunks * min(group["recovered"], chunk)))
+    recovered = group["recovered"] or chunk
+    return math.sqrt(entries / (chunks * min(recovered, chunk)))

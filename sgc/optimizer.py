@@ -15,7 +15,16 @@ from sgc import memory, moments
 from sgc.arguments import check_group, check_param
 from sgc.codec.layout import Layout
 from sgc.codec.project import Projection, mix
-from sgc.step import PROBED_CHUNKS, Update, adamw_update, apply_dense, apply_sparse, compressed_update, lowrank_update
+from sgc.step import (
+    PROBED_CHUNKS,
+    Update,
+    adamw_update,
+    apply_dense,
+    apply_memoryless,
+    apply_sparse,
+    compressed_update,
+    lowrank_update,
+)
 
 PROBE_EVERY = 10  # steps from one look at the recovery to the next
 CONFIGURATION = ("chunk_size", "sketch_size", "sparsity", "moments", "rank", "min_size", "state_dtype", "seed")
@@ -36,7 +45,7 @@ class SGC(torch.optim.Optimizer):
         weight_decay: decoupled, as in AdamW.
         chunk_size: n, wanted entries of a chunk; None: one chunk per tensor.
         sketch_size: k, numbers held per chunk; 0: no sketch, only row and column means.
-        sparsity: s, entries of each chunk that are encoded.
+        sparsity: s, entries of each chunk that are encoded; default k/8, or all of them where there is no sketch.
         recovered: s', entries of each chunk that are recovered and updated; default s.
         moments: "residual", "whitened", "sketched" or "subspace".
         recovery: "omp", "gomp", "screened" or "threshold".
@@ -71,8 +80,8 @@ class SGC(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         *,
         chunk_size: int | None = 256,
-        sketch_size: int = 32,
-        sparsity: int = 4,
+        sketch_size: int = 0,
+        sparsity: int | None = None,
         recovered: int | None = None,
         moments: str = "residual",
         recovery: str = "threshold",
@@ -203,7 +212,8 @@ class SGC(torch.optim.Optimizer):
         weight = param if param.is_contiguous() else param.contiguous()
         if not moves:
             if decay:
-                apply_dense(weight, None, 0.0, decay, self._generator(number, param, group))
+                generator = self._generator(number, param, group) if group["stochastic_rounding"] else None
+                apply_dense(weight, None, 0.0, decay, generator)
         else:
             state["step"] += 1
             generator = self._generator(number, param, group)
@@ -214,13 +224,17 @@ class SGC(torch.optim.Optimizer):
             else:
                 scaled = signed_lr * moments.update_scale(param.numel(), layout.chunks, layout.chunk, group)
                 arguments = (param.grad, state, layout, self._projection(group), group, generator)
-                if memory.has_basis(param.shape, group):
+                if group["sketch_size"] == 0 and group["recovered"] is None and group["rank"] is None:
+                    apply_memoryless(weight, param.grad, state, layout, group, scaled, decay, rounding)
+                    sparse = None
+                elif memory.has_basis(param.shape, group):
                     dense, sparse = lowrank_update(*arguments)
                     apply_dense(weight, dense, scaled, decay, rounding)
                 else:
                     sparse = compressed_update(*arguments)
                     apply_sparse(weight, layout, sparse, scaled, decay, rounding)
-                self._probe(param, layout, group, sparse)
+                if sparse is not None:
+                    self._probe(param, layout, group, sparse)
         if weight is not param:
             param.copy_(weight)
 

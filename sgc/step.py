@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from sgc.storage import read_held, stochastic_round, write_held
 PROBED_CHUNKS = 16  # chunks of a tensor that a probe looks at
 
 
-class Update(NamedTuple):
+@dataclass(frozen=True)
+class Update:
     """The sparse update of a tensor, before `scale` and lr."""
 
     index: Tensor  # (c, s') positions inside the chunks
@@ -51,7 +53,7 @@ def compressed_update(
     grid = layout.grid(gradient)
     roots = _whitening(grid, layout, state, betas[1], t) if rule in moments.FACTORED else None
     if projection is None:
-        index, value = _select(grid, layout, roots, group["recovered"], group["eps"])
+        index, value = _select(grid, layout, roots, group["recovered"] or layout.chunk, group["eps"])
         return Update(index, value, None, None)
 
     p, q = _encode(grid, layout, roots, projection, group)
@@ -110,11 +112,14 @@ def _select(
 def _select_block(
     block: Tensor, layout: Layout, roots: tuple[Tensor, Tensor] | None, rows: slice, sparsity: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    block = block.float()
-    if roots is not None:
-        block = block / torch.outer(roots[0][rows], roots[1]).add_(eps)
+    block = block.float() if roots is None else _whiten(block, roots, rows, eps)
     index, value = top_entries(layout.cut(block), sparsity)
     return index, value if roots is None else value.clamp(-moments.CLIP, moments.CLIP)
+
+
+def _whiten(block: Tensor, roots: tuple[Tensor, Tensor], rows: slice, eps: float) -> Tensor:
+    """w = g / (√v̂ + ε) for some rows of the grid."""
+    return block.float() / torch.outer(roots[0][rows], roots[1]).add_(eps)
 
 
 def _encode(
@@ -129,6 +134,36 @@ def _encode(
         if q is not None:
             q[chunks] = projection.project(index, value.square(), layout.chunk)
     return p, q
+
+
+def apply_memoryless(
+    weight: Tensor,
+    gradient: Tensor,
+    state: dict[str, Any],
+    layout: Layout,
+    group: Mapping[str, Any],
+    lr: float,
+    decay: float,
+    generator: torch.Generator | None,
+) -> None:
+    """W ← (1 − decay)·W − lr·w: without a sketch and without sparsity, the whitened gradient is the update.
+
+    Args:
+        weight: contiguous.
+        gradient: finite and not all zero, of the same shape.
+        state: of this tensor, with "step" already counting this update.
+        layout: its grid.
+        group: the hyperparameters.
+        lr: learning rate times scale, negative to maximize.
+        decay: learning rate times weight decay.
+        generator: for stochastic rounding, or None.
+    """
+    grid, flat = layout.grid(gradient), weight.view(-1)
+    roots = _whitening(grid, layout, state, group["betas"][1], int(state["step"]))
+    for rows, _ in layout.blocks():
+        update = _whiten(grid[rows], roots, rows, group["eps"]).clamp_(-moments.CLIP, moments.CLIP).view(-1)
+        part = flat[rows.start * layout.cols : min(rows.stop * layout.cols, layout.numel)]
+        apply_dense(part, update[: part.numel()], lr, decay, generator)
 
 
 def apply_sparse(
@@ -166,10 +201,14 @@ def apply_dense(
     weight: Tensor, update: Tensor | None, lr: float, decay: float, generator: torch.Generator | None
 ) -> None:
     """W ← (1 − decay)·W − lr·u for a dense u in fp32, or for none."""
-    new = weight.to(torch.promote_types(weight.dtype, torch.float32)) * (1 - decay)
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    new = weight if weight.dtype is exact else weight.to(exact)  # in place where nothing is rounded
+    if decay:
+        new.mul_(1 - decay)
     if update is not None:
         new.sub_(update, alpha=lr)
-    weight.copy_(rounded(new, weight.dtype, generator))
+    if new is not weight:
+        weight.copy_(rounded(new, weight.dtype, generator))
 
 
 def rounded(x: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
