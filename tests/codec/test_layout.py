@@ -80,6 +80,13 @@ def test_a_chunk_is_within_a_factor_of_two_of_the_wanted_size(rows, cols, chunk_
     )
 
 
+@pytest.mark.parametrize(
+    ("cols", "chunk_size", "chunk"), [(240, 100, 80), (192, 48, 48), (768, 250, 256), (66, 50, 66), (101, 32, 26)]
+)
+def test_the_nearest_divisor_is_the_chunk_and_of_two_as_near_the_smaller(cols, chunk_size, chunk):
+    assert make_layout((300, cols), chunk_size).chunk == chunk
+
+
 @given(st.integers(1, 64), st.integers(1, 3000), CHUNKS)
 def test_within_rows_no_chunk_crosses_a_row(rows, cols, chunk_size):
     layout = make_layout((rows, cols), chunk_size, within_rows=True)

@@ -133,6 +133,17 @@ def test_a_projection_too_large_to_hold_gives_the_same_made_in_blocks(monkeypatc
     assert made.bytes() == 0
 
 
+def test_more_entries_than_fit_a_block_are_added_up():
+    n, k = 5000, 4096
+    projection = Projection(k, 0)
+    assert not projection.holds(n)
+    index = torch.randperm(n, generator=torch.Generator().manual_seed(0))[None, :600]
+    value = torch.randn(1, 600, generator=torch.Generator().manual_seed(1))
+    parts = [projection.project(index[:, at : at + 100], value[:, at : at + 100], n) for at in range(0, 600, 100)]
+    whole = projection.project(index, value, n)
+    assert (whole - sum(parts)).abs().max() <= SUM * float(whole.abs().max())
+
+
 def test_a_held_projection_grows_and_keeps_its_columns():
     projection = Projection(16, 1)
     few = projection.columns(10, torch.device("cpu")).clone()
