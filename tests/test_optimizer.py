@@ -242,10 +242,15 @@ def test_bf16_weights_follow_fp32_ones_though_each_step_is_below_a_unit(min_size
     assert SIGMAS * deviation < 0.5, "the test would see nothing"
 
 
-def test_without_stochastic_rounding_small_steps_are_lost():
+@pytest.mark.parametrize("zero", [False, True], ids=["usual gradient", "zero gradient"])
+@pytest.mark.parametrize("min_size", [64, 10**6], ids=["compressed", "dense"])
+def test_without_stochastic_rounding_small_steps_are_lost(min_size, zero):
     p = torch.nn.Parameter(torch.ones(64, 96, dtype=torch.bfloat16))
-    optimizer = SGC([p], **BASE, lr=1e-4, scale=1.0, stochastic_rounding=False)
-    run(optimizer, 3)
+    optimizer = SGC([p], **{**BASE, "min_size": min_size}, lr=1e-4, scale=1.0, stochastic_rounding=False)
+    for step in range(3):
+        give_gradients([p], step)
+        p.grad *= not zero
+        optimizer.step()
     assert bool((p == 1).all())
 
 
