@@ -210,31 +210,30 @@ class SGC(torch.optim.Optimizer):
         decay = lr * group["weight_decay"]
         signed_lr = -lr if group["maximize"] else lr
         weight = param if param.is_contiguous() else param.contiguous()
-        if not moves:
-            if decay:
-                generator = self._generator(number, param, group) if group["stochastic_rounding"] else None
-                apply_dense(weight, None, 0.0, decay, generator)
-        else:
+        if moves:
             state["step"] += 1
-            generator = self._generator(number, param, group)
-            rounding = generator if group["stochastic_rounding"] else None
-            if layout is None:
-                update = adamw_update(param.grad, state, group["betas"], group["eps"])
-                apply_dense(weight, update, signed_lr, decay, rounding)
-            else:
-                scaled = signed_lr * moments.update_scale(param.numel(), layout.chunks, layout.chunk, group)
-                arguments = (param.grad, state, layout, self._projection(group), group, generator)
-                if group["sketch_size"] == 0 and group["recovered"] is None and group["rank"] is None:
-                    apply_memoryless(weight, param.grad, state, layout, group, scaled, decay, rounding)
-                    sparse = None
-                elif memory.has_basis(param.shape, group):
-                    dense, sparse = lowrank_update(*arguments)
-                    apply_dense(weight, dense, scaled, decay, rounding)
-                else:
-                    sparse = compressed_update(*arguments)
-                    apply_sparse(weight, layout, sparse, scaled, decay, rounding)
-                if sparse is not None:
-                    self._probe(param, layout, group, sparse)
+        generator = self._generator(number, param, group)
+        rounding = generator if group["stochastic_rounding"] else None
+        scaled = signed_lr
+        if layout is not None:
+            scaled *= moments.update_scale(param.numel(), layout.chunks, layout.chunk, group)
+        arguments = (param.grad, state, layout, self._projection(group), group, generator)
+        sparse = None
+        if not moves:
+            apply_dense(weight, None, 0.0, decay, rounding)
+        elif layout is None:
+            update = adamw_update(param.grad, state, group["betas"], group["eps"])
+            apply_dense(weight, update, scaled, decay, rounding)
+        elif memory.has_basis(param.shape, group):
+            dense, sparse = lowrank_update(*arguments)
+            apply_dense(weight, dense, scaled, decay, rounding)
+        elif group["recovered"] is None:
+            apply_memoryless(weight, param.grad, state, layout, group, scaled, decay, rounding)
+        else:
+            sparse = compressed_update(*arguments)
+            apply_sparse(weight, layout, sparse, scaled, decay, rounding)
+        if sparse is not None:
+            self._probe(param, layout, group, sparse)
         if weight is not param:
             param.copy_(weight)
 

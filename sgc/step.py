@@ -201,6 +201,8 @@ def apply_dense(
     weight: Tensor, update: Tensor | None, lr: float, decay: float, generator: torch.Generator | None
 ) -> None:
     """W ← (1 − decay)·W − lr·u for a dense u in fp32, or for none."""
+    if update is None and not decay:
+        return
     exact = torch.promote_types(weight.dtype, torch.float32)
     new = weight if weight.dtype is exact else weight.to(exact)  # in place where nothing is rounded
     if decay:
