@@ -153,7 +153,7 @@ class LanguageModel:
 
         self.folder = str(SHARED / "stories260k")
         if task == "instruct":
-            rows = json.loads((SHARED / "instruct" / "alpaca_en_demo.json").read_text())
+            examples = json.loads((SHARED / "instruct" / "alpaca_en_demo.json").read_text())
             text = "\n".join(f"{row['instruction']} {row['input']}\n{row['output']}" for row in examples)
         else:
             path = next((SHARED / "text").glob("*shakespeare*"))
@@ -312,9 +312,7 @@ class Suite(NamedTuple):
 
 SGC_SIZES = ("sgc()", "sgc(sketch_size=32)", "sgc(sketch_size=8)", "sgc(sparsity=4)")
 SUITES = {
-    "glue": Suite(
-        (("SST-2", 150, 16, 0), ("CoLA", 150, 16, 0), ("RTE", 150, 16, 0)), ("frozen", "adamw", *SGC_SIZES)
-    ),
+    "glue": Suite((("SST-2", 150, 16, 0), ("CoLA", 150, 16, 0), ("RTE", 150, 16, 0)), ("frozen", "adamw", *SGC_SIZES)),
     "instruct": Suite(
         (("instruct", 150, 8, 0), ("instruct", 150, 1, 0), ("instruct", 60, 16, 16), ("shakespeare", 150, 8, 0)),
         (

@@ -17,7 +17,7 @@ from sgc.codec.recover import METHODS
 from sgc.moments import FACTORED, RULES
 from sgc.storage import STATE_DTYPES, check_state_dtype
 
-SKETCH_PER_ENTRY = 8  # numbers of a sketch per entry encoded, where `sparsity` is not given: recovery was good at 4 to 8
+SKETCH_PER_ENTRY = 8  # numbers of a sketch per entry encoded, where `sparsity` is not given; 4 to 8 was good
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -59,7 +59,11 @@ def check_group(group: dict[str, Any]) -> None:
         (k >= 0, "sketch_size must not be negative", "sketch_size"),
         (s is None or 1 <= s <= most, f"sparsity must be in [1, {bound}]", "sparsity"),
         (r is None or 1 <= r <= most, f"recovered must be in [1, {bound}]", "recovered"),
-        (k == 0 or k >= most or r is None or r <= k, f"recovered (by default sparsity) must be in [1, sketch_size={k}]", "recovered"),
+        (
+            k == 0 or k >= most or r is None or r <= k,
+            f"recovered (by default sparsity) must be in [1, sketch_size={k}]",
+            "recovered",
+        ),
         (group["moments"] in RULES, f"moments must be one of {', '.join(RULES)}", "moments"),
         (group["recovery"] in METHODS, f"recovery must be one of {', '.join(METHODS)}", "recovery"),
         (group["state_dtype"] in STATE_DTYPES, f"state_dtype must be one of {', '.join(STATE_DTYPES)}", "state_dtype"),

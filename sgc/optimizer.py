@@ -176,16 +176,17 @@ class SGC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        ready = [(number, param, group) for number, param, group in self._numbered() if param.grad is not None]
-        for number, param, _ in ready:
-            if param.grad.layout is not torch.strided:
-                raise TypeError(f"SGC needs dense gradients, parameter {number} has one in layout {param.grad.layout}")
+        ready = [(number, p, p.grad, group) for number, p, group in self._numbered() if p.grad is not None]
+        for number, _, gradient, _ in ready:
+            if gradient.layout is not torch.strided:
+                name = self._parameter_name(number)
+                raise TypeError(f"SGC needs dense gradients, {name} has one in layout {gradient.layout}")
         self._steps += 1
         self._probes = [] if self._probing else self._probes
-        norms = _norms([param.grad for _, param, _ in ready])
-        for (number, param, group), norm in zip(ready, norms, strict=True):
+        norms = _norms([gradient for _, _, gradient, _ in ready])
+        for (number, param, gradient, group), norm in zip(ready, norms, strict=True):
             if math.isfinite(norm):
-                self._update(number, param, group, moves=norm > 0)
+                self._update(number, param, gradient, group, moves=norm > 0)
             else:
                 self._skipped += 1
         self._grad_norm = math.hypot(*norms)
@@ -201,7 +202,7 @@ class SGC(torch.optim.Optimizer):
         ]
         return names[number] or f"parameter {number}"
 
-    def _update(self, number: int, param: Tensor, group: dict[str, Any], moves: bool) -> None:
+    def _update(self, number: int, param: Tensor, gradient: Tensor, group: dict[str, Any], moves: bool) -> None:
         """Update one tensor; without `moves`, only decay it."""
         state, layout = self.state[param], memory.tensor_layout(param.shape, group)
         if not state:
@@ -214,26 +215,24 @@ class SGC(torch.optim.Optimizer):
             state["step"] += 1
         generator = self._generator(number, param, group)
         rounding = generator if group["stochastic_rounding"] else None
-        scaled = signed_lr
-        if layout is not None:
-            scaled *= moments.update_scale(param.numel(), layout.chunks, layout.chunk, group)
-        arguments = (param.grad, state, layout, self._projection(group), group, generator)
-        sparse = None
         if not moves:
             apply_dense(weight, None, 0.0, decay, rounding)
         elif layout is None:
-            update = adamw_update(param.grad, state, group["betas"], group["eps"])
-            apply_dense(weight, update, scaled, decay, rounding)
-        elif memory.has_basis(param.shape, group):
-            dense, sparse = lowrank_update(*arguments)
-            apply_dense(weight, dense, scaled, decay, rounding)
-        elif group["recovered"] is None:
-            apply_memoryless(weight, param.grad, state, layout, group, scaled, decay, rounding)
+            update = adamw_update(gradient, state, group["betas"], group["eps"])
+            apply_dense(weight, update, signed_lr, decay, rounding)
         else:
-            sparse = compressed_update(*arguments)
-            apply_sparse(weight, layout, sparse, scaled, decay, rounding)
-        if sparse is not None:
-            self._probe(param, layout, group, sparse)
+            scaled = signed_lr * moments.update_scale(param.numel(), layout.chunks, layout.chunk, group)
+            projection = self._projection(group)
+            if memory.has_basis(param.shape, group):
+                dense, sparse = lowrank_update(gradient, state, layout, projection, group, generator)
+                apply_dense(weight, dense, scaled, decay, rounding)
+                self._probe(param, layout, projection, group, sparse)
+            elif group["recovered"] is None:
+                apply_memoryless(weight, gradient, state, layout, group, scaled, decay, rounding)
+            else:
+                sparse = compressed_update(gradient, state, layout, projection, group, generator)
+                apply_sparse(weight, layout, sparse, scaled, decay, rounding)
+                self._probe(param, layout, projection, group, sparse)
         if weight is not param:
             param.copy_(weight)
 
@@ -259,7 +258,9 @@ class SGC(torch.optim.Optimizer):
     def _probing(self) -> bool:
         return self._steps % PROBE_EVERY in (0, 1)
 
-    def _probe(self, param: Tensor, layout: Layout, group: dict[str, Any], update: Update) -> None:
+    def _probe(
+        self, param: Tensor, layout: Layout, projection: Projection | None, group: dict[str, Any], update: Update
+    ) -> None:
         """Look at the recovery of the first chunks: at every tenth step and the next, and at the first."""
         if not self._probing:
             return
@@ -269,8 +270,8 @@ class SGC(torch.optim.Optimizer):
             self._supports[param] = index.clone()
         overlap = (index[:, :, None] == last[:, None, :]).any(2).float().mean() if last is not None else math.nan
         left, whole = torch.zeros(2, device=index.device)
-        if update.target is not None and group["moments"] != "sketched":
-            explained = self._projection(group).project(index, value, layout.chunk)
+        if projection is not None and update.target is not None and group["moments"] != "sketched":
+            explained = projection.project(index, value, layout.chunk)
             left, whole = (update.target - explained).square().sum(), update.target.square().sum()
         found = torch.as_tensor(overlap, device=index.device)
         self._probes.append(torch.stack([left, whole, found]))

@@ -69,6 +69,7 @@ def compressed_update(
         write_held(state, "sketch_sq", v, generator)
     else:
         v = read_held(state, "square_sketch")
+        assert q is not None  # encoded for this rule
         target, square = moments.sketched(m, v, p, q, betas, t)
         write_held(state, "square_sketch", v, generator)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def check_state_dtype(state_dtype: str) -> None:
         _bitsandbytes()
 
 
-def _bitsandbytes():
+def _bitsandbytes() -> ModuleType:
     try:
         import bitsandbytes.functional as bnb
     except ImportError as error:
@@ -75,7 +76,7 @@ def _bitsandbytes():
     return bnb
 
 
-def _code(bnb, name: str) -> Tensor:
+def _code(bnb: ModuleType, name: str) -> Tensor:
     """The dynamic maps of bitsandbytes' own 8-bit Adam: signed for the first moment, unsigned for the second."""
     signed = name != "sketch_sq"
     key = "dynamic" if signed else "udynamic"

@@ -59,7 +59,7 @@ BAD_TYPES = [
         ({name: 1.5}, rf"{name} must be a whole number.*, got 1\.5")
         for name in ("chunk_size", "sketch_size", "sparsity", "recovered", "rank", "refresh_every", "min_size", "seed")
     ],
-    ({"sparsity": "4"}, "sparsity must be a whole number, got '4'"),
+    ({"sparsity": "4"}, "sparsity must be a whole number.*, got '4'"),
     ({"sketch_size": None}, "sketch_size must be a whole number, got None"),
     *[({name: "x"}, f"{name} must be a number.*, got 'x'") for name in ("lr", "eps", "weight_decay", "scale")],
     *[({name: None}, f"{name} must be a number.*, got None") for name in ("lr", "eps", "weight_decay")],
@@ -149,6 +149,12 @@ def test_a_sketch_too_small_is_warned_of_once_with_the_size_that_would_do(sketch
 @pytest.mark.parametrize("changed", [{}, {"sketch_size": 32, "sparsity": 32}, {"sketch_size": 0}])
 def test_a_sketch_that_suffices_is_not_warned_of(changed):
     SGC([matrix()], **{**BASE, **changed})  # warnings are errors
+
+
+@pytest.mark.parametrize(("sketch_size", "sparsity"), [(0, None), (4, 1), (16, 2)])
+def test_sparsity_follows_the_sketch_where_it_is_not_given(sketch_size, sparsity):
+    (group,) = SGC([matrix()], **{**BASE, "sketch_size": sketch_size, "sparsity": None}).param_groups
+    assert (group["sparsity"], group["recovered"]) == (sparsity, sparsity)
 
 
 def test_arguments_are_put_in_their_plain_form():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,9 +12,10 @@ from torch import Tensor
 HELD_ENTRIES = 1 << 20  # an A of up to so many entries is held (4 MiB in fp32), a larger one is made blockwise
 MOST_ENTRIES = 1 << 32  # an A beyond this would take minutes a step to make, and is refused
 _WORD = 0xFFFFFFFF
+Word = TypeVar("Word", int, Tensor)
 
 
-def mix(x: Tensor | int) -> Tensor | int:
+def mix(x: Word) -> Word:
     """Scramble 32-bit words held in int64: the `lowbias32` integer hash (C. Wellons, hash-prospector, 2018)."""
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & _WORD
@@ -67,7 +70,7 @@ class Projection:
             held = self._held[device] = sign_columns(torch.arange(n, device=device), self.sketch_size, self.seed)
         return held[:n]
 
-    def column_blocks(self, n: int, device: torch.device, entries: int = 1 << 20):
+    def column_blocks(self, n: int, device: torch.device, entries: int = 1 << 20) -> Iterator[tuple[int, Tensor]]:
         """Yield (first column, block of columns (m, k)) over A[:, :n], made anew where A is not held."""
         if self.holds(n):
             yield 0, self.columns(n, device)
