@@ -130,4 +130,4 @@ def update_scale(entries: int, chunks: int, chunk: int, group: Mapping[str, Any]
     if group["scale"] is not None:
         return float(group["scale"])
     recovered = group["recovered"] or chunk
-    return math.sqrt(entries / (chunks * min(recovered, chunk)))
+    return math.sqrt(entries / min(entries, chunks * min(recovered, chunk)))  # chunks may be padded

@@ -118,8 +118,8 @@ def test_a_given_scale_is_taken_as_it_is():
     assert moments.update_scale(1000, 10, 100, group) == 3.0
 
 
-def test_the_default_scale_is_one_where_every_entry_moves():
-    assert (
-        moments.update_scale(1000, 10, 100, {"scale": None, "recovered": 100, "sparsity": 100, "sketch_size": 100})
-        == 1.0
-    )
+@pytest.mark.parametrize(("entries", "chunks", "chunk"), [(1000, 10, 100), (65, 2, 64), (1, 1, 1)])
+@pytest.mark.parametrize("recovered", [None, 100])
+def test_the_default_scale_is_one_where_every_entry_moves_padding_or_not(entries, chunks, chunk, recovered):
+    group = {"scale": None, "recovered": recovered, "sparsity": recovered, "sketch_size": 0}
+    assert moments.update_scale(entries, chunks, chunk, group) == 1.0

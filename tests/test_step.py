@@ -125,10 +125,23 @@ def test_agrees_with_the_twin_when_the_sketch_is_the_chunk(rule, recovered):
     check_beside_twin((6, 77), moments=rule, recovery="omp", sketch_size=128, sparsity=recovered)
 
 
+@pytest.mark.parametrize("sparsity", [4, None], ids=["sparse", "whole"])
 @pytest.mark.parametrize("shape", [(12, 96), (10, 77), (41, 6), (250,), (8, 3, 5, 5)])
 @pytest.mark.parametrize("rule", ["residual", "whitened"])
-def test_agrees_with_the_twin_without_a_sketch(rule, shape):
-    check_beside_twin(shape, moments=rule, sketch_size=0)
+def test_agrees_with_the_twin_without_a_sketch(rule, shape, sparsity):
+    check_beside_twin(shape, moments=rule, sketch_size=0, sparsity=sparsity)
+
+
+@pytest.mark.parametrize("sparsity", [4, None], ids=["sparse", "whole"])
+@pytest.mark.parametrize("shape", [(12, 90), (90, 12)], ids=["wide", "tall"])
+def test_agrees_with_the_twin_without_a_sketch_under_double_compression(shape, sparsity):
+    check_beside_twin(shape, moments="whitened", sketch_size=0, sparsity=sparsity, rank=3, refresh_every=2)
+
+
+@pytest.mark.parametrize("shape", [(12, 96), (41, 6), (250,)])
+def test_agrees_with_the_twin_without_a_sketch_in_small_blocks(shape, monkeypatch):
+    monkeypatch.setattr(Layout.blocks, "__defaults__", (70,))
+    check_beside_twin(shape, moments="whitened", sketch_size=0, sparsity=None)
 
 
 @pytest.mark.parametrize("rank", [1, 3])

@@ -95,7 +95,7 @@ class Twin:
         dense=False,
     ):
         self.shape, self.lr, self.betas, self.eps, self.decay = shape, lr, betas, eps, weight_decay
-        self.k, self.s, self.taken = sketch_size, sparsity, recovered or sparsity
+        self.k, self.s, self.taken = sketch_size, sparsity, recovered or sparsity or 10**9
         self.rule, self.recovery, self.scale, self.ascend = moments, recovery, scale, maximize
         self.rank, self.refresh_every, self.dense = rank, refresh_every, dense
         self.t, self.margin, self.moved = 0, math.inf, []
