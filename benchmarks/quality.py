@@ -310,23 +310,39 @@ class Suite(NamedTuple):
     seeds: tuple[int, ...] = SEEDS
 
 
-SGC_SIZES = ("sgc()", "sgc(sketch_size=32)", "sgc(sketch_size=8)", "sgc(sparsity=4)")
+SGC_SIZES = ("sgc()", "sgc(sketch_size=32)", "sgc(sketch_size=8)")
 SUITES = {
     "glue": Suite((("SST-2", 150, 16, 0), ("CoLA", 150, 16, 0), ("RTE", 150, 16, 0)), ("frozen", "adamw", *SGC_SIZES)),
-    "instruct": Suite(
-        (("instruct", 150, 8, 0), ("instruct", 150, 1, 0), ("instruct", 60, 16, 16), ("shakespeare", 150, 8, 0)),
+    # Does memory earn its bytes? One passage at a time (noise), eight, and the same sixteen again and again (none).
+    "regimes": Suite(
+        (("instruct", 150, 1, 0), ("instruct", 150, 8, 0), ("instruct", 60, 16, 16)),
         (
             "adamw",
             "adamw(betas=(0.0, 0.999))",
-            *SGC_SIZES,
-            "sgc(sparsity=32)",
-            "sgc(sketch_size=256, sparsity=256, recovered=4)",
-            "sgc(sketch_size=256, sparsity=256, recovered=32)",
-            "sgc(sketch_size=32, moments='whitened')",
-            "sgc(sketch_size=32, moments='sketched')",
-            "sgc(sketch_size=32, moments='subspace')",
+            "sgc()",
+            "sgc(sparsity=4)",
+            "sgc(sketch_size=32)",
+            "sgc(sketch_size=256, sparsity=256, recovered=32)",  # the memory that a sketch approximates, held exactly
         ),
         rates=(1e-3, 3e-3, 1e-2),
+    ),
+    # One thing changed at a time, around a sketch of 32 numbers for 256 entries.
+    "sensitivity": Suite(
+        (("instruct", 150, 8, 0),),
+        (
+            "sgc(sketch_size=32)",
+            *(f"sgc(sketch_size=32, seed={seed})" for seed in (1, 2)),
+            *(f"sgc(sketch_size={k}, sparsity=4)" for k in (16, 64, 128)),
+            *(f"sgc(sketch_size=32, sparsity={s})" for s in (1, 2, 8)),
+            *(f"sgc(sketch_size={n // 8}, sparsity=4, chunk_size={n})" for n in (64, 128, 1024)),
+            *(f"sgc(sketch_size=32, moments={rule!r})" for rule in ("whitened", "sketched", "subspace")),
+            *(f"sgc(sketch_size=32, recovery={method!r})" for method in ("gomp", "omp")),
+            *(f"sgc(sketch_size=32, state_dtype={dtype!r})" for dtype in ("bfloat16", "int8")),
+            "sgc(sketch_size=32, rank=8)",
+            *(f"sgc(sparsity={s})" for s in (1, 4, 32, 128)),
+        ),
+        rates=(1e-3,),
+        seeds=(0,),
     ),
 }
 

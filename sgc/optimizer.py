@@ -48,7 +48,7 @@ class SGC(torch.optim.Optimizer):
         sparsity: s, entries of each chunk that are encoded; default k/8, or all of them where there is no sketch.
         recovered: s', entries of each chunk that are recovered and updated; default s.
         moments: "residual", "whitened", "sketched" or "subspace".
-        recovery: "omp", "gomp", "screened" or "threshold".
+        recovery: "omp", "gomp" or "threshold".
         scale: factor between lr and the compressed tensors' updates; default: what makes AdamW's lr carry over.
         rank: r, of double compression (CESGC): the codec works on PᵀG with P of r columns.
         refresh_every: updates from one P to the next.

@@ -9,7 +9,7 @@ from tests.tolerances import MARGIN, TWIN
 from tests.twin import Twin, matrix_sides
 
 RULES = ("residual", "whitened", "sketched", "subspace")
-METHODS = ("omp", "gomp", "screened", "threshold")
+METHODS = ("omp", "gomp", "threshold")
 # eps is of the size of the gradients' roots: an eps that matters is tested, and "subspace" does not start from ±1
 # everywhere, where all correlations tie.
 OPTIONS = {

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from sgc.codec.recover import GOMP_PASSES, RIDGE, SCREEN_FACTOR
+from sgc.codec.recover import GOMP_PASSES, RIDGE
 from sgc.moments import CLIP, FLOOR
 
 WORD = 2**32
@@ -256,11 +256,7 @@ class Twin:
         taken = min(taken, length)
         first = np.abs(self.A[:, allowed].T @ y)
         whole = max(first) or 1.0
-        if self.recovery == "screened":
-            allowed = sorted(
-                self._top(first, SCREEN_FACTOR * self.taken, exact=True)
-            )  # a close cut here rarely matters
-        passes = {"omp": self.taken, "screened": self.taken, "gomp": min(GOMP_PASSES, self.taken), "threshold": 1}
+        passes = {"omp": self.taken, "gomp": min(GOMP_PASSES, self.taken), "threshold": 1}
         support, rest, value = [], y, []
         for number in range(passes[self.recovery]):
             more = self.taken * (number + 1) // passes[self.recovery] - self.taken * number // passes[self.recovery]

@@ -89,7 +89,7 @@ class Codec:
             sketch: (c, min(k, n)), of one tensor or the sum of several tensors' sketches.
             shape: of the tensor.
             sparsity: s', entries to recover in each chunk; default s.
-            method: "omp", "gomp", "screened" or "threshold".
+            method: "omp", "gomp" or "threshold".
 
         Returns:
             A tensor of `shape` in fp32 with at most s' entries in each chunk.

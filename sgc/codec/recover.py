@@ -8,9 +8,8 @@ from torch import Tensor
 from sgc.codec.project import Projection
 from sgc.codec.sparsify import top_entries
 
-METHODS = ("omp", "gomp", "screened", "threshold")
+METHODS = ("omp", "gomp", "threshold")
 GOMP_PASSES = 4  # correlation passes of generalized OMP
-SCREEN_FACTOR = 4  # candidates kept per entry wanted
 RIDGE = 1e-5  # keeps equal or opposite columns, common at small k, from making the least squares singular
 _BLOCK = 1 << 20  # entries of the largest temporary
 
@@ -29,8 +28,7 @@ def recover(
         projection: A.
         sparsity: s', entries to recover in each chunk, at most k and n.
         method: "omp", one entry per pass over A (Pati et al. 1993; the oracle); "gomp", several entries per pass (Wang
-            et al. 2012); "screened", one pass keeps the 4·s' best columns, OMP runs inside their Gram matrix (ours);
-            "threshold", one pass, the s' largest correlations.
+            et al. 2012); "threshold", one pass, the s' largest correlations.
         lengths: (c,) real entries in each chunk; positions beyond are never given a value.
 
     Returns:
@@ -39,17 +37,14 @@ def recover(
     sparsity = min(sparsity, n)
     if projection.sketch_size >= n:
         return top_entries(sketch, sparsity)
-    widest = max(n, sparsity * projection.sketch_size * (SCREEN_FACTOR if method == "screened" else 1))
+    widest = max(n, sparsity * projection.sketch_size)
     step = max(1, _BLOCK // widest)
+    passes = {"omp": sparsity, "gomp": min(GOMP_PASSES, sparsity), "threshold": 1}[method]
     parts = []
     for start in range(0, sketch.shape[0], step):
         part = slice(start, start + step)
         length = None if lengths is None else lengths[part]
-        if method == "screened":
-            parts.append(_screened(sketch[part], n, projection, sparsity, length))
-        else:
-            passes = {"omp": sparsity, "gomp": min(GOMP_PASSES, sparsity), "threshold": 1}[method]
-            parts.append(_pursuit(sketch[part], n, projection, sparsity, passes, length))
+        parts.append(_pursuit(sketch[part], n, projection, sparsity, passes, length))
     if not parts:
         return sketch.new_zeros((0, sparsity), dtype=torch.int64), sketch.new_zeros((0, sparsity))
     index, value = (torch.cat(part) if len(parts) > 1 else part[0] for part in zip(*parts, strict=True))
@@ -80,34 +75,8 @@ def _pursuit(
     return index, value
 
 
-def _screened(
-    y: Tensor, n: int, projection: Projection, sparsity: int, lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """OMP inside the candidates of one correlation pass, on their Gram matrix."""
-    correlation = projection.correlate(y, n)
-    if lengths is not None:
-        correlation.masked_fill_(torch.arange(n, device=y.device) >= lengths[:, None], 0.0)
-    kept = min(n, SCREEN_FACTOR * sparsity)
-    candidate = correlation.abs().topk(kept, dim=1).indices
-    columns = projection.gather(candidate, n)
-    if lengths is not None:
-        columns = columns * (candidate < lengths[:, None])[:, :, None]
-    gram = columns @ columns.mT
-    start = torch.einsum("ck,cmk->cm", y, columns)
-    score = start
-    chosen = candidate.new_zeros((y.shape[0], 0))
-    value = y.new_zeros((y.shape[0], 0))
-    for _ in range(sparsity):
-        free = score.abs().scatter_(1, chosen, -2.0)
-        chosen = torch.cat([chosen, free.argmax(1, keepdim=True)], dim=1)
-        rows = gram.gather(1, chosen[:, :, None].expand(-1, -1, kept))
-        value = _solve(rows.gather(2, chosen[:, None, :].expand(-1, chosen.shape[1], -1)), start.gather(1, chosen))
-        score = start - torch.einsum("cs,csm->cm", value, rows)
-    return candidate.gather(1, chosen), value
-
-
 def _best(score: Tensor, count: int) -> Tensor:
-    return score.argmax(1, keepdim=True) if count == 1 else score.topk(count, dim=1).indices
+    return score.argmax(1, keepdim=True) if count == 1 else score.topk(count, dim=1, sorted=False).indices
 
 
 def least_squares(

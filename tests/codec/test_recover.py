@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sgc.codec import project
 from sgc.codec.project import Projection
-from sgc.codec.recover import METHODS, RIDGE, SCREEN_FACTOR, least_squares
+from sgc.codec.recover import METHODS, RIDGE, least_squares
 from sgc.codec.recover import recover as recover_entries
 from tests.tolerances import RIDGE_VALUE, SUM
 
@@ -148,7 +148,7 @@ def test_chunks_are_recovered_alone_whatever_the_blocks(method, monkeypatch):
     lengths = torch.full((50,), n)
     lengths[-1] = 5
     whole = recover_entries(y, n, Projection(k, 0), s, method, lengths)
-    monkeypatch.setattr(module, "_BLOCK", 3 * s * k * SCREEN_FACTOR)
+    monkeypatch.setattr(module, "_BLOCK", 3 * s * k)
     monkeypatch.setattr(project, "HELD_ENTRIES", 0)
     parts = recover_entries(y, n, Projection(k, 0), s, method, lengths)
     assert torch.equal(whole[0], parts[0])
