@@ -89,9 +89,9 @@ def _whitening(grid: Tensor, layout: Layout, state: dict[str, Any], beta2: float
     row = grid.new_empty(layout.rows, dtype=torch.float32)
     col = grid.new_zeros(layout.cols, dtype=torch.float32)
     for rows, _ in layout.blocks():
-        block = grid[rows].float()
-        row[rows] = torch.linalg.vector_norm(block, dim=1).square_()
-        col += torch.linalg.vector_norm(block, dim=0).square_()
+        square = grid[rows].float().square()
+        row[rows] = square.sum(1)
+        col += square.sum(0)
     ragged = layout.rows * layout.cols - layout.numel  # a vector's last grid row ends early
     row /= layout.cols
     row[-1] *= layout.cols / (layout.cols - ragged)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK_ENTRIES = 1 << 19  # entries worked on at a time: a few fp32 copies of so many stay in a core's cache
+BLOCK_ENTRIES = 1 << 18  # entries worked on at a time: in cache, and small enough that the allocator reuses the memory
 MATRIX_SHARE = 16  # a matrix view whose rows + cols exceed 1/16 of the entries is not worth its statistic
 
 
