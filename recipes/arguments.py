@@ -119,7 +119,9 @@ class FinetuneArguments(TrainingArguments):
         self.optim = trainer_name(self.optim)
         if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing  # the former is the new name
-        self.dataloader_pin_memory &= torch.accelerator.is_available()  # torch warns where there is nothing to pin for
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # else transformers refuses bf16
+            self.dataloader_pin_memory = False  # else torch warns that there is nothing to pin for
         super().__post_init__()
 
     def for_run(self, name: str, learning_rate: float, folder: Path) -> FinetuneArguments:

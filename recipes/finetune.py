@@ -227,6 +227,9 @@ def load_model(model_args: ModelArguments, job: Job, args: FinetuneArguments) ->
         )
     transformers.set_seed(args.seed)  # adapters and a new head start alike in every run
     model = auto.from_pretrained(model_args.model_name_or_path, **options)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # on a CPU, evaluating would turn 4-bit weights into a form
+            module.support_avx512bf16_for_cpu = False  # for inference, through which bitsandbytes has no gradient
     if len(job.tokenizer) > model.get_input_embeddings().num_embeddings:
         say(f"note: the embeddings grow to the tokenizer's {len(job.tokenizer):,} tokens")
         model.resize_token_embeddings(len(job.tokenizer))
@@ -397,8 +400,8 @@ def train(
             f"--packing needs a model that keeps packed examples apart; '{job.config.model_type}' does not"
         )
     trained = [p for p in model.parameters() if p.requires_grad]
-    count, total = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
-    say(f"{run.name}: {count:,} of {total:,} parameters are trained, {trained[0].dtype}, lr {run.learning_rate:g}")
+    count = sum(p.numel() for p in trained)
+    say(f"{run.name}: {count:,} of {model.num_parameters():,} parameters are trained, {trained[0].dtype}, lr {run.learning_rate:g}")
     before = judge(job, trainer) if first else {}
     if trainer.is_world_process_zero():
         run.folder.mkdir(parents=True, exist_ok=True)
