@@ -310,9 +310,11 @@ class Suite(NamedTuple):
     seeds: tuple[int, ...] = SEEDS
 
 
-SGC_SIZES = ("sgc()", "sgc(sketch_size=32)", "sgc(sketch_size=8)")
 SUITES = {
-    "glue": Suite((("SST-2", 150, 16, 0), ("CoLA", 150, 16, 0), ("RTE", 150, 16, 0)), ("frozen", "adamw", *SGC_SIZES)),
+    "glue": Suite(
+        (("SST-2", 150, 16, 0), ("CoLA", 150, 16, 0), ("RTE", 150, 16, 0)),
+        ("frozen", "adamw", "sgc()", "sgc(sketch_size=32)"),
+    ),
     # Does memory earn its bytes? One passage at a time (noise), eight, and the same sixteen again and again (none).
     "regimes": Suite(
         (("instruct", 150, 1, 0), ("instruct", 150, 8, 0), ("instruct", 60, 16, 16)),
