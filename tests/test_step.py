@@ -5,6 +5,7 @@ import torch
 from sgc import SGC
 from sgc.codec import project
 from sgc.codec.layout import Layout
+from sgc.moments import CLIP
 from tests.tolerances import MARGIN, TWIN
 from tests.twin import Twin, matrix_sides
 
@@ -178,3 +179,15 @@ def test_agrees_with_the_twin_on_tied_entries():
     expected = twin.step(np.zeros(param.numel()), gradient.double().flatten().numpy())
     assert set(param.detach().flatten().nonzero().flatten().tolist()) == {at for c in twin.moved for at in c}
     assert np.abs(param.detach().double().flatten().numpy() - expected).max() <= TWIN * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("sizes", [(0, None), (0, 1), (256, 1)], ids=["whole", "sparse", "sketched"])
+def test_whitened_entries_are_bounded(sizes):
+    """On the diagonal of an n×n matrix v̂ is n times too small: w = √n."""
+    side = int(2 * CLIP**2)
+    param = torch.nn.Parameter(torch.zeros(side, side))
+    param.grad = -torch.eye(side)
+    sketch_size, sparsity = sizes
+    configuration = {"chunk_size": side, "sketch_size": sketch_size, "sparsity": sparsity, "moments": "residual"}
+    SGC([param], lr=1.0, weight_decay=0.0, scale=1.0, min_size=0, **configuration).step()
+    assert (param.detach() - CLIP * torch.eye(side)).abs().max() <= TWIN * CLIP
