@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import copy
 import dataclasses
@@ -115,6 +116,7 @@ class FinetuneArguments(TrainingArguments):
     smoke: bool = field(default=False, metadata={"help": "ten steps on little data, to see that it runs"})
 
     def __post_init__(self) -> None:
+        self.compare = [self.compare] if isinstance(self.compare, str) else self.compare  # as YAML may give it
         self.optimizer_name = self.optim
         self.optim = trainer_name(self.optim)
         if self.activation_checkpointing is None:
@@ -174,6 +176,10 @@ def sgc_value(text: Any) -> Any:
         return word
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the description as it is written."""
+
+
 class Parser(HfArgumentParser):
     """Raises a sentence where argparse prints two hundred lines of usage."""
 
@@ -194,7 +200,11 @@ def parse(
         ValueError: a sentence with the rule and the value.
     """
     parser = Parser(
-        (ModelArguments, DataArguments, FinetuneArguments, SGCArguments), description=description, allow_abbrev=False
+        (ModelArguments, DataArguments, FinetuneArguments, SGCArguments),
+        usage="%(prog)s [arguments.yaml] [--argument value …]",
+        description=description,
+        formatter_class=Help,
+        allow_abbrev=False,
     )
     known = {name for cls in parser.dataclass_types for name in cls.__dataclass_fields__}
     config: dict[str, Any] = {}
@@ -273,11 +283,11 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: FinetuneAr
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output_dir must be a folder, got the file '{output}'")
     if args.resume_from_checkpoint is not None:
-        for run in runs:
-            found = checkpoint_of(args, run)
-            if found is None and run is runs[0]:
-                where = run.folder if args.resume_from_checkpoint == "last" else args.resume_from_checkpoint
-                raise ValueError(f"there is no whole checkpoint to resume from in '{where}'")
+        checkpoints = {run: checkpoint_of(args, run) for run in runs}
+        if not any(checkpoints.values()):
+            where = args.output_dir if args.resume_from_checkpoint == "last" else args.resume_from_checkpoint
+            raise ValueError(f"there is no whole checkpoint to resume from in '{where}'")
+        for run, found in checkpoints.items():
             made = found.parent / "run.json" if found else run.folder
             made_with = json.loads(made.read_text())["optim"] if made.is_file() else run.name
             if made_with != run.name:

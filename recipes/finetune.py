@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -87,10 +88,10 @@ class Job:
         return self.kind == "classification"
 
 
-def say(text: str) -> None:
+def say(text: str, *, error: bool = False) -> None:
     """Print a line, from one process only."""
     if int(os.environ.get("RANK", "0")) == 0:
-        tqdm.write(text, file=sys.stdout)
+        tqdm.write(text, file=sys.stderr if error else sys.stdout)
 
 
 # -------------------------------------------------------------------------------------------- model and data
@@ -401,7 +402,8 @@ def train(
         )
     trained = [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trained)
-    say(f"{run.name}: {count:,} of {model.num_parameters():,} parameters are trained, {trained[0].dtype}, lr {run.learning_rate:g}")
+    total = model.num_parameters()
+    say(f"{run.name}: {count:,} of {total:,} parameters are trained, {trained[0].dtype}, lr {run.learning_rate:g}")
     before = judge(job, trainer) if first else {}
     if trainer.is_world_process_zero():
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -468,14 +470,17 @@ def fine_tune(argv: list[str]) -> None:
     if not PartialState().is_main_process:
         return
     results["before"] = results["runs"][0].pop("before")
-    packages = ("torch", "transformers", "accelerate", "datasets", "peft")
+    packages = [p for p in ("torch", "transformers", "accelerate", "datasets", "peft") if importlib.util.find_spec(p)]
     results["versions"] = {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
     results["arguments"] = {"argv": argv, "model": vars(model_args), "data": vars(data_args), "sgc": sgc_kwargs}
     results["seconds"] = time.perf_counter() - started
     output = Path(args.output_dir)
     report.write_json(output / "results.json", results)
-    report.plot_losses(output / "loss.png", results["runs"])
     say(f"\n{report.report(results)}\n\n{output}: the model, results.json, loss.png; {results['seconds']:.0f} s in all")
+    if importlib.util.find_spec("matplotlib") is None:
+        say("there is no loss.png, for it needs a package: pip install matplotlib")
+    else:
+        report.plot_losses(output / "loss.png", results["runs"])
 
 
 def main() -> None:
@@ -483,7 +488,7 @@ def main() -> None:
     try:
         fine_tune(sys.argv[1:])
     except ValueError as error:
-        say(f"finetune.py: error: {error}")
+        say(f"finetune.py: error: {error}", error=True)
         sys.exit(2)
     except KeyboardInterrupt:
         say("\ninterrupted: nothing was being trained, nothing is saved")

@@ -171,7 +171,7 @@ def test_bad_input_is_a_sentence_and_exit_code_2_without_a_traceback(monkeypatch
     with pytest.raises(SystemExit) as stop:
         finetune.main()
     assert stop.value.code == 2
-    assert capsys.readouterr().out.strip() == "finetune.py: error: data file 'missing.json' does not exist"
+    assert capsys.readouterr().err.strip() == "finetune.py: error: data file 'missing.json' does not exist"
     assert not (tmp_path / "o").exists()
 
 
@@ -179,6 +179,17 @@ def rows_file(folder, rows):
     path = folder / "rows.parquet"
     Dataset.from_list(rows).to_parquet(path)
     return str(path)
+
+
+def test_help_shows_the_command_first_and_every_argument(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        finetune.main()
+    said = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert said.index("accelerate launch recipes/finetune.py") < 500
+    for name in ("--sgc_sketch_size", "--lora_r", "--gradient_accumulation_steps", "--packing"):
+        assert name in said
 
 
 @pytest.mark.parametrize(
