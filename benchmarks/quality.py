@@ -390,6 +390,22 @@ def table(suite: Suite, result: str = RESULT) -> str:
     return "\n".join(lines)
 
 
+def rate_table(suite: Suite, result: str = RESULT) -> str:
+    """Draw the scores of the first seed at every learning rate as Markdown."""
+    found = done(result)
+    lines = []
+    for task, steps, batch_size, train_rows in suite.settings:
+        lines += ["", f"| {task}, {steps} × {batch_size}" + f", {train_rows} rows" * bool(train_rows) + " | | | |"]
+        lines.append("|---" * 4 + "|")
+        for optimizer in suite.optimizers:
+            rates = LEARNING_RATES.get(optimizer, suite.rates)
+            cells = [Cell(task, steps, batch_size, optimizer, lr, suite.seeds[0], train_rows).key() for lr in rates]
+            scores = (f"{found[key]['metric']:.3f}" if key in found else "missing" for key in cells)
+            parts = (f"{lr:g}: {score}" for lr, score in zip(rates, scores, strict=True))
+            lines.append(f"| `{optimizer}` | " + " | ".join(parts) + " |")
+    return "\n".join(lines)
+
+
 def best_runs(
     found: list[dict[str, Any]], setting: tuple[str, int, int, int], optimizer: str, suite: Suite
 ) -> list[dict[str, Any]]:
@@ -423,6 +439,7 @@ def main() -> None:
             before = len(cells)
             run_cells(cells[::-1] if arguments.reverse else cells)
     print(table(suite))
+    print(rate_table(suite))
     if left := missing(suite):
         print(f"{len(left)} runs are missing: {', '.join(sorted({cell.optimizer for cell in left}))}")
 

@@ -74,10 +74,9 @@ def budget_ladder(fixed: Mapping[str, Any]) -> Iterable[dict[str, int]]:
     are cheaper.
     """
     ladder = [(n, 8 * s, s) for n, s in ((128, 8), (128, 4), (256, 4), (256, 2), (256, 1), (512, 1), (1024, 1))]
+    sketched = [dict(zip(("chunk_size", "sketch_size", "sparsity"), sizes, strict=True)) for sizes in ladder]
     seen = []
-    for picked in [dict(zip(("chunk_size", "sketch_size", "sparsity"), sizes, strict=True)) for sizes in ladder] + [
-        {"chunk_size": 256, "sketch_size": 0, "sparsity": 4}
-    ]:
+    for picked in [*sketched, {"sketch_size": 0}]:
         free = {name: size for name, size in picked.items() if name not in fixed}
         if free not in seen:
             seen.append(free)

@@ -20,7 +20,8 @@ from torch import Tensor
 RULES = ("residual", "whitened", "sketched", "subspace")
 FACTORED = ("residual", "whitened")  # rules that whiten the gradient before it is sketched
 FLOOR = 1e-4  # R and C count for at least this share of their mean
-CLIP = 10.0  # |w| of a whitened entry is at most this
+CLIP = 3.0  # |w| of a whitened entry is at most this; Adam's own ratio rarely exceeds it
+UNAVERAGED = 0.5  # `scale` of rules without momentum: Adam's average over steps halves, or more, the size of noise
 
 
 def ema(moment: Tensor, new: Tensor, beta: float) -> Tensor:
@@ -119,7 +120,7 @@ def update_scale(entries: int, chunks: int, chunk: int, group: Mapping[str, Any]
     """Give `scale`, or where it is None what makes AdamW's learning rate carry over. (ours)
 
     AdamW moves every entry by about lr; here s' of each chunk move, and √(entries / moved) gives the update the same
-    norm.
+    norm. Rules that do not average over steps ("residual", and no sketch) take half of that.
 
     Args:
         entries: of the tensor.
@@ -129,5 +130,6 @@ def update_scale(entries: int, chunks: int, chunk: int, group: Mapping[str, Any]
     """
     if group["scale"] is not None:
         return float(group["scale"])
-    recovered = group["recovered"] or chunk
-    return math.sqrt(entries / min(entries, chunks * min(recovered, chunk)))  # chunks may be padded
+    averages = group["moments"] != "residual" and group["sketch_size"] > 0
+    moved = min(entries, chunks * min(group["recovered"] or chunk, chunk))  # chunks may be padded
+    return (1.0 if averages else UNAVERAGED) * math.sqrt(entries / moved)

@@ -133,12 +133,14 @@ class SGC(torch.optim.Optimizer):
             except ValueError as error:  # what is picked may not go with what is fixed
                 refused = refused or error
                 continue
-            needed = candidate.expected_state_bytes()
+            needed = candidate.expected_state_bytes() + candidate._probe_bytes()
             smallest = min(smallest, needed)
             if needed <= state_bytes:
-                chosen = ", ".join(f"{name}={value}" for name, value in picked.items())
+                optimizer = cls(params, **{**picked, **kwargs})
+                sizes = ("chunk_size", "sketch_size", "sparsity")
+                chosen = ", ".join(f"{name}={optimizer.param_groups[0][name]}" for name in sizes)
                 _logger.info("SGC.for_budget: %s takes %d of %d bytes", chosen, needed, state_bytes)
-                return cls(params, **{**picked, **kwargs})
+                return optimizer
         if refused is not None and smallest == math.inf:
             raise refused
         raise ValueError(f"state_bytes must be at least {smallest} for these parameters, got {state_bytes}")
@@ -318,6 +320,15 @@ class SGC(torch.optim.Optimizer):
             key = (group["sketch_size"], group["seed"])
             shared[key] = max(shared.get(key, 0), memory.projection_bytes(shapes, group))
         return total + sum(shared.values())
+
+    def _probe_bytes(self) -> int:
+        """Bytes that `stats` may hold beside the state: the supports and sums of a probe."""
+        total = 0
+        for _, param, group in self._numbered():
+            layout = memory.tensor_layout(param.shape, group)
+            if layout is not None and group["recovered"] is not None:
+                total += min(layout.chunks, PROBED_CHUNKS) * min(group["recovered"], layout.chunk) * 8 + 12
+        return total
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint; dtypes are kept as saved.

@@ -21,14 +21,6 @@ def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
     return ((x.view(torch.int32) + noise) & -65536).view(torch.float32).to(torch.bfloat16)
 
 
-def make_held(state: dict[str, Any], name: str, shape: tuple[int, ...], state_dtype: str, device: torch.device) -> None:
-    """Put a zero moment of `shape` into the state, in its storage form."""
-    if state_dtype == "int8":
-        write_held(state, name, torch.zeros(shape, device=device), None)
-    else:
-        state[name] = torch.zeros(shape, dtype=getattr(torch, state_dtype), device=device)
-
-
 def read_held(state: dict[str, Any], name: str) -> Tensor:
     """Give a held moment in fp32: the tensor of the state itself where that is fp32, else a copy."""
     held = state[name]

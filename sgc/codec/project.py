@@ -27,7 +27,7 @@ def mix(x: Word) -> Word:
 def sign_columns(columns: Tensor, sketch_size: int, seed: int) -> Tensor:
     """Make columns of A: signs ±1/√k, the same bits on every rank, device, machine and release. (ours)
 
-    The sign of (column, row) is bit `row % 32` of hash(seed, column, row // 32), so a prefix of the rows or columns of
+    The sign of (column, row) is bit `row % 32` of hash(seed, column, 1 + row // 32), so a prefix of the rows or columns of
     a larger A is the smaller A (rows up to the factor 1/√k), and a kernel can make it in registers.
 
     Args:
@@ -40,7 +40,7 @@ def sign_columns(columns: Tensor, sketch_size: int, seed: int) -> Tensor:
     """
     words = math.ceil(sketch_size / 32)
     column = mix(columns & _WORD ^ mix(seed & _WORD)) ^ mix(seed >> 32)
-    word = torch.arange(words, device=columns.device) * 0x9E3779B1 & _WORD
+    word = torch.arange(1, words + 1, device=columns.device) * 0x9E3779B1 & _WORD  # from 1: the hash of 0 is 0
     bits = mix(mix(column)[:, None] ^ mix(word))
     row = torch.arange(32, device=columns.device)
     signs = ((bits[:, :, None] >> row) & 1).view(len(columns), -1)[:, :sketch_size]

