@@ -773,11 +773,11 @@ def test_a_budget_is_kept_and_what_was_picked_is_logged(rule, caplog):
         (group,) = optimizer.param_groups
         for name in ("chunk_size", "sketch_size", "sparsity"):
             assert f"{name}={group[name]}" in record.getMessage()
-        run(optimizer, 2)
-        probes = sum(t.numel() * t.element_size() for t in optimizer._probes)
-        assert optimizer.state_bytes() - probes <= budget
+        for step in range(10):  # at the tenth, the supports for `stats` are held
+            run(optimizer, 1)
+            assert optimizer.state_bytes() <= budget, step
         used.append(optimizer.expected_state_bytes())
-    assert used[0] == least
+    assert used[0] <= least
     assert used == sorted(used)
     assert len(set(used)) > 2
     with pytest.raises(ValueError, match=f"state_bytes must be at least {least} for these parameters, got {least - 1}"):

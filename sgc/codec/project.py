@@ -27,8 +27,8 @@ def mix(x: Word) -> Word:
 def sign_columns(columns: Tensor, sketch_size: int, seed: int) -> Tensor:
     """Make columns of A: signs ±1/√k, the same bits on every rank, device, machine and release. (ours)
 
-    The sign of (column, row) is bit `row % 32` of hash(seed, column, 1 + row // 32), so a prefix of the rows or columns of
-    a larger A is the smaller A (rows up to the factor 1/√k), and a kernel can make it in registers.
+    The sign of (column, row) is bit `row % 32` of hash(seed, column, 1 + row // 32), so a prefix of the rows or columns
+    of a larger A is the smaller A (rows up to the factor 1/√k), and a kernel can make it in registers.
 
     Args:
         columns: (m,) int64 column numbers, below 2³².
