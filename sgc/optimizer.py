@@ -34,8 +34,10 @@ _logger = logging.getLogger("sgc")
 class SGC(torch.optim.Optimizer):
     """Fine-tune all parameters with an optimizer state of any size: sparse gradient compression.
 
-    Each gradient is whitened, sparsified and projected to k numbers per chunk of n entries; the moments live in that
-    sketch; sparse recovery brings the update back. Use it where `torch.optim.AdamW` stood, with the same learning rate.
+    Each gradient is whitened by a factored second moment, sparsified and projected to k numbers per chunk of n entries;
+    the moments live in that sketch; sparse recovery brings the update back. With `sketch_size=0`, the default, there is
+    no first moment to hold and so no need to sparsify: every entry moves by the whitened gradient, and the state is the
+    row and column means of its square. Use it where `torch.optim.AdamW` stood, with the same learning rate.
 
     Args:
         params: parameters, named parameters or groups of them; every keyword below may differ by group.
@@ -352,7 +354,9 @@ class SGC(torch.optim.Optimizer):
             return  # torch says this well
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
             for name in CONFIGURATION:
-                if name in saved and saved[name] != group[name]:
+                if name not in saved:
+                    raise ValueError(f"the checkpoint is not one of SGC's: its parameter groups have no {name}")
+                if saved[name] != group[name]:
                     raise ValueError(
                         f"the checkpoint was written with {name}={saved[name]}, this SGC has {group[name]}"
                     )
