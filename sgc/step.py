@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,14 @@ from sgc.codec.sparsify import top_entries
 from sgc.storage import read_held, stochastic_round, write_held
 
 PROBED_CHUNKS = 16  # chunks of a tensor that a probe looks at
+
+
+class Whitening(NamedTuple):
+    """√v̂ᵢⱼ = aᵢ·bⱼ, and where gradient is."""
+
+    a: Tensor  # (rows,)
+    b: Tensor  # (cols,)
+    busy: Tensor | None  # (rows,) whether a row has any gradient; None: all have
 
 
 @dataclass(frozen=True)
@@ -51,12 +60,12 @@ def compressed_update(
     """
     t, rule, betas = int(state["step"]), group["moments"], group["betas"]
     grid = layout.grid(gradient)
-    roots = _whitening(grid, layout, state, betas[1], t) if rule in moments.FACTORED else None
+    whitening = _whitening(grid, layout, state, betas[1], t) if rule in moments.FACTORED else None
     if projection is None:
-        index, value = _select(grid, layout, roots, group["recovered"] or layout.chunk, group["eps"])
+        index, value = _select(grid, layout, whitening, group["recovered"] or layout.chunk, group["eps"])
         return Update(index, value, None, None)
 
-    p, q = _encode(grid, layout, roots, projection, group)
+    p, q = _encode(grid, layout, whitening, projection, group)
     lengths = layout.lengths(gradient.device)
     m = read_held(state, "sketch")
     if rule == "residual":
@@ -74,7 +83,7 @@ def compressed_update(
         write_held(state, "square_sketch", v, generator)
 
     first = target[:PROBED_CHUNKS].clone()
-    index, value = recover(target, layout.chunk, projection, group["recovered"], group["recovery"], lengths)
+    index, value = _recover_busy(target, layout, projection, group, lengths)
     if rule == "residual":
         m.sub_(projection.project(index, value, layout.chunk))
     elif rule == "sketched":
@@ -84,8 +93,19 @@ def compressed_update(
     return Update(index, value, p[:PROBED_CHUNKS], first)
 
 
-def _whitening(grid: Tensor, layout: Layout, state: dict[str, Any], beta2: float, t: int) -> tuple[Tensor, Tensor]:
-    """Move R and C by the row and column means of g²; return the factors a (rows,), b (cols,) of √v̂."""
+def _recover_busy(
+    target: Tensor, layout: Layout, projection: Projection, group: Mapping[str, Any], lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Recover index and value (c, s') of every chunk whose sketch holds anything."""
+    busy = target.any(1)
+    arguments = (layout.chunk, projection, group["recovered"], group["recovery"])
+    if busy.all():
+        return recover(target, *arguments, lengths)
+    return _spread(*recover(target[busy], *arguments, None if lengths is None else lengths[busy]), busy)
+
+
+def _whitening(grid: Tensor, layout: Layout, state: dict[str, Any], beta2: float, t: int) -> Whitening:
+    """Move R and C by the row and column means of g²."""
     row = grid.new_empty(layout.rows, dtype=torch.float32)
     col = grid.new_zeros(layout.cols, dtype=torch.float32)
     for rows, _ in layout.blocks():
@@ -98,39 +118,53 @@ def _whitening(grid: Tensor, layout: Layout, state: dict[str, Any], beta2: float
     col /= layout.rows
     if ragged and layout.rows > 1:
         col[-ragged:] *= layout.rows / (layout.rows - 1)
-    return moments.factor(state["row"], state["col"], row, col, beta2, t)
+    busy = row > 0  # of an embedding, only the rows of tokens that were seen are
+    return Whitening(*moments.factor(state["row"], state["col"], row, col, beta2, t), None if busy.all() else busy)
 
 
 def _select(
-    grid: Tensor, layout: Layout, roots: tuple[Tensor, Tensor] | None, sparsity: int, eps: float
+    grid: Tensor, layout: Layout, whitening: Whitening | None, sparsity: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Take the top entries of the (whitened) gradient of every chunk: index and value (c, s)."""
-    parts = [_select_block(grid[rows], layout, roots, rows, sparsity, eps) for rows, _ in layout.blocks()]
+    parts = [_select_block(grid[rows], layout, whitening, rows, sparsity, eps) for rows, _ in layout.blocks()]
     index, value = zip(*parts, strict=True)
     return torch.cat(index), torch.cat(value)
 
 
 def _select_block(
-    block: Tensor, layout: Layout, roots: tuple[Tensor, Tensor] | None, rows: slice, sparsity: int, eps: float
+    block: Tensor, layout: Layout, whitening: Whitening | None, rows: slice, sparsity: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    block = block.float() if roots is None else _whiten(block, roots, rows, eps)
-    index, value = top_entries(layout.cut(block), sparsity)
-    return index, value if roots is None else value.clamp(-moments.CLIP, moments.CLIP)
+    if whitening is None:
+        return top_entries(layout.cut(block.float()), sparsity)
+    busy = None if whitening.busy is None or layout.rows_per_chunk > 1 else whitening.busy[rows]
+    if busy is None or busy.all():
+        index, value = top_entries(layout.cut(_whiten(block, whitening.a[rows], whitening.b, eps)), sparsity)
+        return index, value.clamp(-moments.CLIP, moments.CLIP)
+    found = top_entries(layout.cut(_whiten(block[busy], whitening.a[rows][busy], whitening.b, eps)), sparsity)
+    return _spread(*found, busy.repeat_interleave(layout.pieces), clip=moments.CLIP)
 
 
-def _whiten(block: Tensor, roots: tuple[Tensor, Tensor], rows: slice, eps: float) -> Tensor:
+def _spread(index: Tensor, value: Tensor, busy: Tensor, clip: float = math.inf) -> tuple[Tensor, Tensor]:
+    """Put what was found in the busy chunks in its place among all; the others get the first positions, and zeros."""
+    all_index = torch.arange(index.shape[1], device=index.device).repeat(len(busy), 1)
+    all_value = value.new_zeros(all_index.shape)
+    all_index[busy], all_value[busy] = index, value.clamp(-clip, clip)
+    return all_index, all_value
+
+
+def _whiten(block: Tensor, a: Tensor, b: Tensor, eps: float) -> Tensor:
     """w = g / (√v̂ + ε) for some rows of the grid."""
-    return block.float() / torch.outer(roots[0][rows], roots[1]).add_(eps)
+    return block.float() / torch.outer(a, b).add_(eps)
 
 
 def _encode(
-    grid: Tensor, layout: Layout, roots: tuple[Tensor, Tensor] | None, projection: Projection, group: Mapping[str, Any]
+    grid: Tensor, layout: Layout, whitening: Whitening | None, projection: Projection, group: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
     """Sketch the sparse (whitened) gradient, p (c, k), and for "sketched" its squares, q (c, k)."""
     p = torch.empty(layout.chunks, min(projection.sketch_size, layout.chunk), device=grid.device)
     q = torch.empty_like(p) if group["moments"] == "sketched" else None
     for rows, chunks in layout.blocks():
-        index, value = _select_block(grid[rows], layout, roots, rows, group["sparsity"], group["eps"])
+        index, value = _select_block(grid[rows], layout, whitening, rows, group["sparsity"], group["eps"])
         p[chunks] = projection.project(index, value, layout.chunk)
         if q is not None:
             q[chunks] = projection.project(index, value.square(), layout.chunk)
@@ -160,11 +194,15 @@ def apply_memoryless(
         generator: for stochastic rounding, or None.
     """
     grid, flat = layout.grid(gradient), weight.view(-1)
-    roots = _whitening(grid, layout, state, group["betas"][1], int(state["step"]))
+    whitening = _whitening(grid, layout, state, group["betas"][1], int(state["step"]))
     for rows, _ in layout.blocks():
-        update = _whiten(grid[rows], roots, rows, group["eps"]).clamp_(-moments.CLIP, moments.CLIP).view(-1)
         part = flat[rows.start * layout.cols : min(rows.stop * layout.cols, layout.numel)]
-        apply_dense(part, update[: part.numel()], lr, decay, generator)
+        if whitening.busy is not None and not whitening.busy[rows].any():
+            apply_dense(part, None, 0.0, decay, generator)
+            continue
+        update = _whiten(grid[rows], whitening.a[rows], whitening.b, group["eps"])
+        update = update.clamp_(-moments.CLIP, moments.CLIP).view(-1)[: part.numel()]
+        apply_dense(part, update, lr, decay, generator)
 
 
 def apply_sparse(

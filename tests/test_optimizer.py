@@ -698,15 +698,6 @@ def test_the_state_of_another_configuration_is_refused_and_nothing_overwritten(n
     assert same(snapshot(other), before)
 
 
-def test_the_state_of_another_optimizer_is_refused_and_nothing_overwritten():
-    adamw, optimizer = torch.optim.AdamW(make_params()), SGC(make_params(), **BASE)
-    run(optimizer, 1)
-    before = snapshot(optimizer)
-    with pytest.raises(ValueError, match="not one of SGC's: its parameter groups have no chunk_size"):
-        optimizer.load_state_dict(adamw.state_dict())
-    assert same(snapshot(optimizer), before)
-
-
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("rule", RULES)
 def test_the_state_of_another_shape_is_refused_by_name_and_nothing_overwritten(rule, named):
@@ -751,7 +742,7 @@ def test_the_state_of_adamw_is_refused():
     adamw = torch.optim.AdamW(make_params())
     run(adamw, 1)
     optimizer = SGC(make_params(), **BASE)
-    with pytest.raises(ValueError, match="the state of parameter 0 should hold"):
+    with pytest.raises(ValueError, match="not one of SGC's: its parameter groups have no chunk_size"):
         optimizer.load_state_dict(adamw.state_dict())
 
 
