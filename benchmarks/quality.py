@@ -312,7 +312,7 @@ class Suite(NamedTuple):
 
 SUITES = {
     "glue": Suite(
-        (("SST-2", 150, 16, 0), ("CoLA", 150, 16, 0), ("RTE", 150, 16, 0)),
+        (("SST-2", 150, 16, 0), ("CoLA", 150, 16, 0), ("RTE", 150, 8, 0)),
         ("frozen", "adamw", "sgc()", "sgc(sketch_size=32)"),
     ),
     # Does memory earn its bytes? One passage at a time (noise), eight, and the same sixteen again and again (none).
