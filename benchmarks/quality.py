@@ -370,9 +370,16 @@ def _score(row: dict[str, Any]) -> float:
 
 
 def table(suite: Suite, result: str = RESULT) -> str:
-    """Draw the suite as Markdown: mean ± standard deviation over the seeds at the best rate, state, best rate."""
+    """Draw the suite as Markdown: mean ± standard deviation over the seeds at the best rate (rate, seeds), and state.
+
+    With a frozen body in the suite, also the mean over the settings and its gain over the frozen body as a share of
+    AdamW's gain.
+    """
     found = list(done(result).values())
+    means = {optimizer: _mean_over_settings(found, optimizer, suite) for optimizer in suite.optimizers}
+    gains = "frozen" in suite.optimizers and means["frozen"] is not None and means["adamw"] is not None
     head = [f"{task}, {steps} × {batch}" + f", {n} rows" * bool(n) for task, steps, batch, n in suite.settings]
+    head += ["mean", "of AdamW's gain"] if gains else []
     lines = ["| optimizer | state ratio | " + " | ".join(head) + " |", "|---" * (2 + len(head)) + "|"]
     for optimizer in suite.optimizers:
         parts, ratios = [], []
@@ -385,9 +392,20 @@ def table(suite: Suite, result: str = RESULT) -> str:
             spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
             parts.append(f"{statistics.fmean(scores):.3f}{spread} ({runs[0]['lr']:g}, {len(runs)} seeds)")
             ratios.append(runs[0]["state_ratio"])
+        if gains:
+            mean = means[optimizer]
+            share = None if mean is None else (mean - means["frozen"]) / (means["adamw"] - means["frozen"])
+            parts += ["missing", "missing"] if mean is None else [f"{mean:.3f}", f"{share:.0%}"]
         ratio = f"{statistics.fmean(ratios):.4f}" if ratios else ""
         lines.append(f"| `{optimizer}` | {ratio} | " + " | ".join(parts) + " |")
     return "\n".join(lines)
+
+
+def _mean_over_settings(found: list[dict[str, Any]], optimizer: str, suite: Suite) -> float | None:
+    runs = [best_runs(found, setting, optimizer, suite) for setting in suite.settings]
+    if not all(len(seeds) == len(suite.seeds) for seeds in runs):
+        return None
+    return statistics.fmean(statistics.fmean(run["metric"] for run in seeds) for seeds in runs)
 
 
 def rate_table(suite: Suite, result: str = RESULT) -> str:
