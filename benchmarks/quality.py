@@ -312,9 +312,10 @@ class Suite(NamedTuple):
 
 SUITES = {
     "glue": Suite(
-        (("SST-2", 150, 16, 0), ("CoLA", 150, 16, 0), ("RTE", 150, 8, 0)),
-        ("frozen", "adamw", "sgc()", "sgc(sketch_size=32)"),
+        (("SST-2", 150, 16, 0), ("CoLA", 300, 16, 0), ("RTE", 300, 8, 0)),
+        ("frozen", "adamw", "sgc()"),
     ),
+    "sketch": Suite((("SST-2", 150, 16, 0),), ("frozen", "adamw", "sgc()", "sgc(sketch_size=32)")),
     # Does memory earn its bytes? One passage at a time (noise), eight, and the same sixteen again and again (none).
     "regimes": Suite(
         (("instruct", 150, 1, 0), ("instruct", 150, 8, 0), ("instruct", 60, 16, 16)),
