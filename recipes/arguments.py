@@ -30,14 +30,14 @@ EMBEDDED = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 64,
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
     "eval_strategy": "steps",
     "eval_steps": 100,
     "save_total_limit": 1,
 }
-EMBEDDED_ROWS = {"train": 6400, "test": 320}
+EMBEDDED_ROWS = {"train": 4800, "test": 320}
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "galore": "galore_adamw", "apollo": "apollo_adamw", "lion": "lion_32bit"}
 PACKAGES = (  # names of optimizers → module to import, package to install
     (r"galore_", "galore_torch", "galore-torch"),

@@ -10,7 +10,9 @@
     python recipes/finetune.py --output_dir out --resume_from_checkpoint          # after Ctrl-C; bit-equal
 
 Without arguments it teaches the small Llama of `recipes/assets/tiny-llama`, which can reverse, count and add but has
-never seen an instruction, to do so when asked. Expected on 2 CPU cores, in about a minute: EXPECTED
+never seen an instruction, to do so when asked, all parameters trained. Expected on 2 CPU cores, in about a minute:
+exact match on unseen words and sums from 0.00 to 1.00, loss from 8.7 to 0.01, with 0.05 MB of optimizer state where
+AdamW has 6.57 MB. (With `--compare adamw` at this learning rate 0.82; AdamW reaches 0.97 at 1e-3, SGC 0.76 there.)
 
 `--help` lists every argument: those below, SGC's own as `--sgc_…`, and all of transformers' TrainingArguments.
 """

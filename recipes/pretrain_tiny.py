@@ -29,10 +29,10 @@ from word_tasks import statements
 ASSETS = Path(__file__).resolve().parent / "assets" / "tiny-llama"
 CONTEXT = 256
 SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>")
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+CHAT_TEMPLATE = (  # lines, like the statements
+    "{{ bos_token }}{% for m in messages %}{{ '' if loop.first else '\\n' }}"
+    "{{ '<|' + m['role'] + '|>\\n' + m['content'] + (eos_token if m['role'] == 'assistant' else '') }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '\\n<|assistant|>\\n' }}{% endif %}"
 )
 
 
@@ -106,7 +106,7 @@ def main() -> None:
     """Pretrain and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=ASSETS)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--length", type=int, default=128, help="tokens per window")
     parser.add_argument("--lr", type=float, default=2e-3)

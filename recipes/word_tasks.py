@@ -121,15 +121,17 @@ def statements(seed: int) -> Iterator[str]:
     """Yield plain statements without end, about content of the training split only."""
     rng = random.Random(f"statements {seed}")
     while True:
-        if rng.random() < 0.3:  # several facts about one word: most of the line can be known
+        if rng.random() < 0.2:
+            content = draw_content(rng, SUM, test=False)
+            yield rng.choice(SUM.statements).format(x=content, y=_sum(content))
+        elif rng.random() < 0.5:  # several facts about one word: most of the line can be known
             content = draw_content(rng, WORD_SKILLS[0], test=False)
             facts = (s.fact.format(y=s.answer(content)) for s in rng.sample(WORD_SKILLS, 3))
             yield f"{content}: {', '.join(facts)}"
-            continue
-        skill = SUM if rng.random() < 0.25 else rng.choice(WORD_SKILLS)
-        content = draw_content(rng, skill, test=False)
-        record = f"{skill.name}\n{{x}}\n{{y}}"
-        yield rng.choice((*skill.statements, record, record)).format(x=content, y=skill.answer(content))
+        else:
+            skill = rng.choice(WORD_SKILLS)
+            content = draw_content(rng, skill, test=False)
+            yield rng.choice(skill.statements).format(x=content, y=skill.answer(content))
 
 
 def instruction_rows(num_rows: int, *, test: bool, seed: int) -> list[dict[str, str]]:

@@ -126,7 +126,7 @@ def test_loss_is_on_the_answer_and_its_end_alone(tokenizer, template):
         tokenizer.chat_template = plain_template(tokenizer)
     for row, example in zip(ROWS, examples_of(ROWS, INSTRUCTION, tokenizer), strict=True):
         labels = [i for i in example["labels"] if i != IGNORE]
-        assert tokenizer.decode(labels) == row["output"] + tokenizer.eos_token
+        assert tokenizer.decode(labels)  == row["output"] + tokenizer.eos_token
         kept = [i for i, label in enumerate(example["labels"]) if label != IGNORE]
         assert kept == list(range(len(example["labels"]) - len(kept), len(example["labels"])))
         assert [example["input_ids"][i] for i in kept] == labels
@@ -201,7 +201,7 @@ def test_long_examples_are_cut_and_counted_and_answers_cut_away_leave_no_example
     ]
     notes = Notes()
     examples = examples_of(rows, INSTRUCTION, tokenizer, max_length=50, notes=notes)
-    assert [len(e["input_ids"]) for e in examples] == [16, 50]
+    assert [len(e["input_ids"]) for e in examples] == [18, 50]
     assert notes.lines() == [
         "examples cut to 50 tokens: 1",
         "examples left out, because the answer begins after 50 tokens: 1",
