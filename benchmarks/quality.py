@@ -312,7 +312,7 @@ class Suite(NamedTuple):
 
 SUITES = {
     "glue": Suite(
-        (("SST-2", 150, 16, 0), ("CoLA", 300, 16, 0), ("RTE", 300, 8, 0)),
+        (("SST-2", 150, 16, 0), ("CoLA", 300, 16, 0), ("RTE", 150, 8, 0)),
         ("frozen", "adamw", "sgc()"),
     ),
     "sketch": Suite((("SST-2", 150, 16, 0),), ("frozen", "adamw", "sgc()", "sgc(sketch_size=32)")),
@@ -333,16 +333,18 @@ SUITES = {
     "sensitivity": Suite(
         (("instruct", 150, 8, 0),),
         (
+            "adamw",
+            "sgc()",
             "sgc(sketch_size=32)",
             *(f"sgc(sketch_size=32, seed={seed})" for seed in (1, 2)),
-            *(f"sgc(sketch_size={k}, sparsity=4)" for k in (16, 64, 128)),
-            *(f"sgc(sketch_size=32, sparsity={s})" for s in (1, 2, 8)),
-            *(f"sgc(sketch_size={n // 8}, sparsity=4, chunk_size={n})" for n in (64, 128, 1024)),
+            *(f"sgc(sketch_size={k}, sparsity=4)" for k in (16, 64)),
+            *(f"sgc(sketch_size=32, sparsity={s})" for s in (2, 8)),
+            *(f"sgc(sketch_size={n // 8}, sparsity=4, chunk_size={n})" for n in (128, 1024)),
             *(f"sgc(sketch_size=32, moments={rule!r})" for rule in ("whitened", "sketched", "subspace")),
-            *(f"sgc(sketch_size=32, recovery={method!r})" for method in ("gomp", "omp")),
+            "sgc(sketch_size=32, recovery='gomp')",
             *(f"sgc(sketch_size=32, state_dtype={dtype!r})" for dtype in ("bfloat16", "int8")),
             "sgc(sketch_size=32, rank=8)",
-            *(f"sgc(sparsity={s})" for s in (1, 4, 32, 128)),
+            *(f"sgc(sparsity={s})" for s in (4, 32)),
         ),
         rates=(1e-3,),
         seeds=(0,),

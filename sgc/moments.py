@@ -21,7 +21,7 @@ RULES = ("residual", "whitened", "sketched", "subspace")
 FACTORED = ("residual", "whitened")  # rules that whiten the gradient before it is sketched
 FLOOR = 1e-4  # R and C count for at least this share of their mean
 CLIP = 3.0  # |w| of a whitened entry is at most this; Adam's own ratio rarely exceeds it
-UNAVERAGED = 0.5  # `scale` where every entry moves without momentum: averaging halves the size of Adam's noise, or more
+UNAVERAGED = 0.75  # `scale` where every entry moves without momentum: Adam's average over steps takes off some noise
 
 
 def ema(moment: Tensor, new: Tensor, beta: float) -> Tensor:
@@ -120,7 +120,7 @@ def update_scale(entries: int, chunks: int, chunk: int, group: Mapping[str, Any]
     """Give `scale`, or where it is None what makes AdamW's learning rate carry over. (ours)
 
     AdamW moves every entry by about lr; here s' of each chunk move, and √(entries / moved) gives the update the same
-    norm. Where every entry moves by a rule that does not average over steps ("residual", or no sketch), half of that.
+    norm. Where every entry moves by a rule that does not average over steps ("residual", or no sketch), ¾ of that.
 
     Args:
         entries: of the tensor.

@@ -122,15 +122,15 @@ def test_a_given_scale_is_taken_as_it_is():
 @pytest.mark.parametrize(
     ("rule", "sketch_size", "recovered", "scale"),
     [
-        ("residual", 0, None, 0.5),
-        ("whitened", 0, None, 0.5),
-        ("residual", 100, 100, 0.5),
+        ("residual", 0, None, moments.UNAVERAGED),
+        ("whitened", 0, None, moments.UNAVERAGED),
+        ("residual", 100, 100, moments.UNAVERAGED),
         ("whitened", 100, 100, 1.0),
         ("sketched", 100, 100, 1.0),
         ("subspace", 100, 100, 1.0),
     ],
 )
-def test_where_every_entry_moves_the_default_scale_is_one_with_momentum_and_half_without(
+def test_where_every_entry_moves_the_default_scale_is_one_with_momentum_and_less_without(
     entries, chunks, chunk, rule, sketch_size, recovered, scale
 ):
     group = {"scale": None, "recovered": recovered, "moments": rule, "sketch_size": sketch_size}

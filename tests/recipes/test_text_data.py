@@ -126,7 +126,7 @@ def test_loss_is_on_the_answer_and_its_end_alone(tokenizer, template):
         tokenizer.chat_template = plain_template(tokenizer)
     for row, example in zip(ROWS, examples_of(ROWS, INSTRUCTION, tokenizer), strict=True):
         labels = [i for i in example["labels"] if i != IGNORE]
-        assert tokenizer.decode(labels)  == row["output"] + tokenizer.eos_token
+        assert tokenizer.decode(labels) == row["output"] + tokenizer.eos_token
         kept = [i for i, label in enumerate(example["labels"]) if label != IGNORE]
         assert kept == list(range(len(example["labels"]) - len(kept), len(example["labels"])))
         assert [example["input_ids"][i] for i in kept] == labels
