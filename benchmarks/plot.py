@@ -44,8 +44,8 @@ def main() -> None:
                 optimizer.replace("sketch_size", "k").replace("sparsity", "s").replace("recovered", "s'"),
                 (ratio, statistics.fmean(scores)),
                 textcoords="offset points",
-                xytext=(0, 7),
-                ha="right" if ratio > 0.2 else "left" if ratio < 1e-3 else "center",
+                xytext=(-7, 4) if ratio > 0.2 else (7, 4),
+                ha="right" if ratio > 0.2 else "left",
                 fontsize=7,
                 color=color,
             )
