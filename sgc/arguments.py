@@ -17,7 +17,7 @@ from sgc.codec.recover import METHODS
 from sgc.moments import FACTORED, RULES
 from sgc.storage import STATE_DTYPES, check_state_dtype
 
-SKETCH_PER_ENTRY = 8  # numbers of a sketch per entry encoded, where `sparsity` is not given; 4 to 8 was good
+SKETCH_PER_ENTRY = 8  # numbers of a sketch per entry encoded, where `sparsity` is not given
 
 
 def check_group(group: dict[str, Any]) -> None:

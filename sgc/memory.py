@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sgc.codec.layout import Layout, is_compressed, make_layout, matrix_shape
+from sgc.codec.project import Projection
 from sgc.moments import FACTORED
 from sgc.storage import QUANTIZED_BLOCK
 
@@ -59,8 +60,6 @@ def schema_bytes(schema: Schema) -> int:
 
 def projection_bytes(shapes: Iterable[Sequence[int]], group: Mapping[str, Any]) -> int:
     """Bytes of the A that the tensors of a group share, as far as it is held."""
-    from sgc.codec.project import Projection
-
     projection = Projection(group["sketch_size"], group["seed"])
     layouts = [tensor_layout(shape, group) for shape in shapes]
     widths = [layout.chunk for layout in layouts if layout is not None and group["sketch_size"] < layout.chunk]
@@ -70,8 +69,7 @@ def projection_bytes(shapes: Iterable[Sequence[int]], group: Mapping[str, Any]) 
 def budget_ladder(fixed: Mapping[str, Any]) -> Iterable[dict[str, int]]:
     """Yield (chunk_size, sketch_size, sparsity) from the largest state to the smallest, keeping what is fixed.
 
-    k = 8·s throughout, the ratio at which recovery was good; small chunks first at equal n/k, which learned better and
-    are cheaper.
+    k = 8·s throughout, as where `sparsity` is not given; small chunks learned better at equal n/k, and are cheaper.
     """
     ladder = [(n, 8 * s, s) for n, s in ((128, 8), (128, 4), (256, 4), (256, 2), (256, 1), (512, 1), (1024, 1))]
     sketched = [dict(zip(("chunk_size", "sketch_size", "sparsity"), sizes, strict=True)) for sizes in ladder]

@@ -42,7 +42,8 @@ class SGC(torch.optim.Optimizer):
     Args:
         params: parameters, named parameters or groups of them; every keyword below may differ by group.
         lr: learning rate; AdamW's carries over.
-        betas: β1 of the sketch (for "residual" the decay ρ of what is left), β2 of the second moment.
+        betas: β1 of the sketch (for "residual" the decay ρ of what is left; idle where there is no sketch), β2 of the
+            second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled, as in AdamW.
         chunk_size: n, wanted entries of a chunk; None: one chunk per tensor.
@@ -159,6 +160,7 @@ class SGC(torch.optim.Optimizer):
             once.setdefault(id(param[1] if isinstance(param, tuple) else param), param)
         group["params"] = list(once.values())
         check_group(group)
+        group.setdefault("steps", 0)  # calls of `step`, for the seeds of rounding: a decay alone is rounded anew, too
         for number, param in enumerate(group["params"], start=sum(len(other["params"]) for other in self.param_groups)):
             check_param(param, number, group)
         super().add_param_group(group)
@@ -186,6 +188,8 @@ class SGC(torch.optim.Optimizer):
                 name = self._parameter_name(number)
                 raise TypeError(f"SGC needs dense gradients, {name} has one in layout {gradient.layout}")
         self._steps += 1
+        for group in self.param_groups:
+            group["steps"] += 1
         self._probes = [] if self._probing else self._probes
         norms = _norms([gradient for _, _, gradient, _ in ready])
         for (number, param, gradient, group), norm in zip(ready, norms, strict=True):
@@ -249,8 +253,8 @@ class SGC(torch.optim.Optimizer):
         """Seed the stochastic rounding of one tensor's update, so that a resumed run draws the same."""
         if param.dtype is not torch.bfloat16 and group["state_dtype"] != "bfloat16":
             return None
-        step = int(self.state[param]["step"])
-        return torch.Generator(param.device).manual_seed(mix(mix(mix(group["seed"] & 0xFFFFFFFF) ^ number) ^ step))
+        seed = mix(mix(mix(group["seed"] & 0xFFFFFFFF) ^ number) ^ group["steps"])
+        return torch.Generator(param.device).manual_seed(seed)
 
     def _projection(self, group: dict[str, Any]) -> Projection | None:
         key = (group["sketch_size"], group["seed"])
@@ -260,24 +264,24 @@ class SGC(torch.optim.Optimizer):
 
     @property
     def _probing(self) -> bool:
-        return self._steps % PROBE_EVERY in (0, 1)
+        return self._steps == 1 or self._steps % PROBE_EVERY == 0
 
     def _probe(
         self, param: Tensor, layout: Layout, projection: Projection | None, group: dict[str, Any], update: Update
     ) -> None:
-        """Look at the recovery of the first chunks: at every tenth step and the next, and at the first."""
+        """Look at the recovery of the first chunks, at the first and every tenth step; note the supports before."""
+        index, value = update.index[:PROBED_CHUNKS], update.value[:PROBED_CHUNKS]
+        if self._steps % PROBE_EVERY == PROBE_EVERY - 1:
+            self._supports[param] = index.clone()
         if not self._probing:
             return
-        index, value = update.index[:PROBED_CHUNKS], update.value[:PROBED_CHUNKS]
         last = self._supports.pop(param, None)
-        if self._steps % PROBE_EVERY == 0:
-            self._supports[param] = index.clone()
-        overlap = (index[:, :, None] == last[:, None, :]).any(2).float().mean() if last is not None else math.nan
-        left, whole = torch.zeros(2, device=index.device)
+        overlap = math.nan if last is None else _overlap(index, last)
+        left, whole = torch.zeros(2, dtype=torch.float32, device=index.device)
         if projection is not None and update.target is not None and group["moments"] != "sketched":
             explained = projection.project(index, value, layout.chunk)
             left, whole = (update.target - explained).square().sum(), update.target.square().sum()
-        found = torch.as_tensor(overlap, device=index.device)
+        found = torch.as_tensor(overlap, dtype=torch.float32, device=index.device)
         self._probes.append(torch.stack([left, whole, found]))
 
     def stats(self) -> dict[str, float]:
@@ -286,7 +290,7 @@ class SGC(torch.optim.Optimizer):
         Returns:
             state_bytes: bytes held; compression_ratio: those over AdamW's 8 bytes per parameter; grad_norm: of the last
             step; skipped_tensors: gradients left out so far because they were not finite; and from the first 16 chunks
-            of each tensor, at the last probed step (the first, and every tenth with the next): recovery_error, the
+            of each tensor, at the last probed step (the first, and every tenth): recovery_error, the
             share ‖y − A·u‖/‖y‖ of the sketches that the recovered update leaves unexplained; recovered_fraction, 1 −
             its square; support_overlap, the share of recovered entries that the step before recovered too. What has not
             been seen yet is nan.
@@ -378,6 +382,13 @@ def _listed(params: Any) -> Any:
     if not isinstance(params, dict) or isinstance(params["params"], Tensor | set):
         return params
     return {**params, "params": list(params["params"])}
+
+
+def _overlap(index: Tensor, last: Tensor) -> Tensor:
+    """Give the share of the positions (c, s'), ascending in each chunk, that are among the last ones (c, s')."""
+    last = last.contiguous()
+    at = torch.searchsorted(last, index.contiguous()).clamp_(max=last.shape[1] - 1)
+    return (last.gather(1, at) == index).float().mean()
 
 
 def _norms(gradients: list[Tensor]) -> list[float]:

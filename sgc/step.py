@@ -36,7 +36,6 @@ class Update:
 
     index: Tensor  # (c, s') positions inside the chunks
     value: Tensor  # (c, s') fp32
-    encoded: Tensor | None  # the first chunks of p, for a probe
     target: Tensor | None  # the first chunks of what was recovered from, for a probe
 
 
@@ -63,7 +62,7 @@ def compressed_update(
     whitening = _whitening(grid, layout, state, betas[1], t) if rule in moments.FACTORED else None
     if projection is None:
         index, value = _select(grid, layout, whitening, group["recovered"] or layout.chunk, group["eps"])
-        return Update(index, value, None, None)
+        return Update(index, value, None)
 
     p, q = _encode(grid, layout, whitening, projection, group)
     lengths = layout.lengths(gradient.device)
@@ -90,7 +89,7 @@ def compressed_update(
         v = least_squares(square, index, layout.chunk, projection, lengths)
         value = moments.sketched_ratio(value, v, None if lengths is None else index < lengths[:, None], group["eps"])
     write_held(state, "sketch", m, generator)
-    return Update(index, value, p[:PROBED_CHUNKS], first)
+    return Update(index, value, first)
 
 
 def _recover_busy(
@@ -161,7 +160,8 @@ def _encode(
     grid: Tensor, layout: Layout, whitening: Whitening | None, projection: Projection, group: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
     """Sketch the sparse (whitened) gradient, p (c, k), and for "sketched" its squares, q (c, k)."""
-    p = torch.empty(layout.chunks, min(projection.sketch_size, layout.chunk), device=grid.device)
+    shape = (layout.chunks, min(projection.sketch_size, layout.chunk))
+    p = torch.empty(shape, dtype=torch.float32, device=grid.device)
     q = torch.empty_like(p) if group["moments"] == "sketched" else None
     for rows, chunks in layout.blocks():
         index, value = _select_block(grid[rows], layout, whitening, rows, group["sparsity"], group["eps"])

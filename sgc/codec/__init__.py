@@ -73,7 +73,8 @@ class Codec:
             raise TypeError(f"x must be a dense real floating-point tensor, got {x.dtype} in layout {x.layout}")
         layout = make_layout(x.shape, self.chunk_size)
         check_projection(layout.chunk, self.sketch_size)
-        sketch = torch.empty(layout.chunks, min(self.sketch_size, layout.chunk), device=x.device)
+        shape = (layout.chunks, min(self.sketch_size, layout.chunk))
+        sketch = torch.empty(shape, dtype=torch.float32, device=x.device)
         grid = layout.grid(x)
         for rows, chunks in layout.blocks():
             index, value = top_entries(layout.cut(grid[rows].float()), self.sparsity)
@@ -111,7 +112,7 @@ class Codec:
         check_projection(layout.chunk, self.sketch_size)
         lengths = layout.lengths(sketch.device)
         index, value = recover(sketch.float(), layout.chunk, self._projection, sparsity, method, lengths)
-        flat = torch.zeros(layout.numel, device=sketch.device)
+        flat = torch.zeros(layout.numel, dtype=torch.float32, device=sketch.device)
         place(flat, layout.flat_index(index), value, index, lengths)
         return flat.view(tuple(shape))
 

@@ -26,7 +26,7 @@ def leading_basis(matrix: Tensor, rank: int, seed: int) -> Tensor:
     rows, cols = matrix.shape
     width = min(rows, rank + OVERSAMPLING)
     generator = torch.Generator().manual_seed(seed)
-    probe = torch.randn(cols, width, generator=generator).to(matrix.device)
+    probe = torch.randn(cols, width, generator=generator, dtype=torch.float32).to(matrix.device)
     basis = torch.linalg.qr(matrix @ probe).Q
     for _ in range(POWER_ITERATIONS):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
