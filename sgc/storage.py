@@ -47,13 +47,6 @@ def write_held(state: dict[str, Any], name: str, moment: Tensor, generator: torc
         held.copy_(moment)
 
 
-def held_bytes(entries: int, state_dtype: str) -> int:
-    """Bytes that a moment of so many entries takes."""
-    if state_dtype == "int8":
-        return entries + 4 * -(-entries // QUANTIZED_BLOCK)
-    return entries * getattr(torch, state_dtype).itemsize
-
-
 def check_state_dtype(state_dtype: str) -> None:
     """Raise ImportError where what a storage form needs is not installed."""
     if state_dtype == "int8":

@@ -33,4 +33,5 @@ def shared_data() -> Path:
         return folder
     if named:
         pytest.fail(f"SGC_SHARED_DATA names a folder that does not exist: {folder}")
+    # the data are not the project's to ship, so a checkout without them still tests everything else
     pytest.skip(f"needs the public data sets, in {folder} or where SGC_SHARED_DATA points")

@@ -9,16 +9,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
 sys.path.insert(0, str(RECIPES))
 
-SHARED = ROOT.parent / "shared" / "data"
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """Real data beside the checkout; absent elsewhere."""
-    if not SHARED.is_dir():
-        pytest.skip("needs the shared data folder beside the checkout")
-    return SHARED
-
 
 @pytest.fixture
 def tokenizer():

@@ -266,8 +266,8 @@ def test_a_tokenizer_without_pad_token_or_chat_template_is_served_aloud(tmp_path
     assert "### Response:" in AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
 
 
-def test_real_instructions_lower_the_loss_of_a_real_model(tmp_path, shared):
-    model, data = shared / "stories260k", shared / "instruct" / "alpaca_en_demo.json"
+def test_real_instructions_lower_the_loss_of_a_real_model(tmp_path, shared_data):
+    model, data = shared_data / "stories260k", shared_data / "instruct" / "alpaca_en_demo.json"
     options = ["--max_steps", "10", "--learning_rate", "3e-3", "--max_train_samples", "100", "--max_eval_samples", "20"]
     common = ["--model_name_or_path", str(model), "--dataset", str(data), "--output_dir", str(tmp_path / "out")]
     finetune.fine_tune([*common, *options, "--max_length", "256"])

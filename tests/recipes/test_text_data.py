@@ -323,10 +323,10 @@ def test_pieces_are_tokenized_one_by_one(tokenizer):
     assert example["labels"][:2] == [IGNORE, IGNORE]
 
 
-def test_a_tokenizer_with_a_bos_token_of_its_own_keeps_it_in_the_plain_prompt(shared):
+def test_a_tokenizer_with_a_bos_token_of_its_own_keeps_it_in_the_plain_prompt(shared_data):
     from transformers import AutoTokenizer
 
-    stories = AutoTokenizer.from_pretrained(shared / "stories260k")
+    stories = AutoTokenizer.from_pretrained(shared_data / "stories260k")
     stories.chat_template = plain_template(stories)
     (example, _) = examples_of(ROWS, INSTRUCTION, stories)
     assert example["input_ids"][0] == stories.bos_token_id
