@@ -57,15 +57,39 @@ def compressed_update(
         group: the hyperparameters.
         generator: for the stochastic rounding of bf16 sketches.
     """
-    t, rule, betas = int(state["step"]), group["moments"], group["betas"]
-    grid = layout.grid(gradient)
-    whitening = _whitening(grid, layout, state, betas[1], t) if rule in moments.FACTORED else None
+    grid, whitening = layout.grid(gradient), None
+    if group["moments"] in moments.FACTORED:
+        row, col = mean_squares(grid, layout)
+        whitening = whiten_by(state, row, col, group["betas"][1], int(state["step"]))
     if projection is None:
         index, value = _select(grid, layout, whitening, group["recovered"] or layout.chunk, group["eps"])
         return Update(index, value, None)
+    p, q = encode(grid, layout, whitening, projection, group)
+    return sketched_update(p, q, state, layout, projection, group, generator)
 
-    p, q = _encode(grid, layout, whitening, projection, group)
-    lengths = layout.lengths(gradient.device)
+
+def sketched_update(
+    p: Tensor,
+    q: Tensor | None,
+    state: dict[str, Any],
+    layout: Layout,
+    projection: Projection,
+    group: Mapping[str, Any],
+    generator: torch.Generator | None,
+) -> Update:
+    """Advance the moments of one tensor by one sketch, and recover its update u.
+
+    Args:
+        p: A·top_s of the gradient, whitened where the rule says so, (c, min(k, n)) fp32.
+        q: A·(top_s)² for "sketched", else None.
+        state: of this tensor, with "step" already counting this update.
+        layout: its chunks.
+        projection: A.
+        group: the hyperparameters.
+        generator: for the stochastic rounding of bf16 sketches.
+    """
+    t, rule, betas = int(state["step"]), group["moments"], group["betas"]
+    lengths = layout.lengths(p.device)
     m = read_held(state, "sketch")
     if rule == "residual":
         target = moments.residual(m, p, betas[0])
@@ -103,8 +127,8 @@ def _recover_busy(
     return _spread(*recover(target[busy], *arguments, None if lengths is None else lengths[busy]), busy)
 
 
-def _whitening(grid: Tensor, layout: Layout, state: dict[str, Any], beta2: float, t: int) -> Whitening:
-    """Move R and C by the row and column means of g²."""
+def mean_squares(grid: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Give the row and column means of g², (rows,) and (cols,) in fp32, padding left out."""
     row = grid.new_empty(layout.rows, dtype=torch.float32)
     col = grid.new_zeros(layout.cols, dtype=torch.float32)
     for rows, _ in layout.blocks():
@@ -117,6 +141,11 @@ def _whitening(grid: Tensor, layout: Layout, state: dict[str, Any], beta2: float
     col /= layout.rows
     if ragged and layout.rows > 1:
         col[-ragged:] *= layout.rows / (layout.rows - 1)
+    return row, col
+
+
+def whiten_by(state: Mapping[str, Tensor], row: Tensor, col: Tensor, beta2: float, t: int) -> Whitening:
+    """Move R and C of `state` by the row and column means of g², and whiten by them."""
     busy = row > 0  # of an embedding, only the rows of tokens that were seen are
     return Whitening(*moments.factor(state["row"], state["col"], row, col, beta2, t), None if busy.all() else busy)
 
@@ -156,10 +185,10 @@ def _whiten(block: Tensor, a: Tensor, b: Tensor, eps: float) -> Tensor:
     return block.float() / torch.outer(a, b).add_(eps)
 
 
-def _encode(
+def encode(
     grid: Tensor, layout: Layout, whitening: Whitening | None, projection: Projection, group: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
-    """Sketch the sparse (whitened) gradient, p (c, k), and for "sketched" its squares, q (c, k)."""
+    """Sparsify and project a gradient's grid, whitened where a rule says so: p (c, min(k, n)); for "sketched" also q."""
     shape = (layout.chunks, min(projection.sketch_size, layout.chunk))
     p = torch.empty(shape, dtype=torch.float32, device=grid.device)
     q = torch.empty_like(p) if group["moments"] == "sketched" else None
@@ -194,7 +223,8 @@ def apply_memoryless(
         generator: for stochastic rounding, or None.
     """
     grid, flat = layout.grid(gradient), weight.view(-1)
-    whitening = _whitening(grid, layout, state, group["betas"][1], int(state["step"]))
+    row, col = mean_squares(grid, layout)
+    whitening = whiten_by(state, row, col, group["betas"][1], int(state["step"]))
     for rows, _ in layout.blocks():
         part = flat[rows.start * layout.cols : min(rows.stop * layout.cols, layout.numel)]
         if whitening.busy is not None and not whitening.busy[rows].any():
