@@ -1,0 +1,265 @@
+"""Each measure against known answers, its laws, and the weak points of the published forms that ours must not share."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from federated.market import reference, score
+from federated.market.score import StreamingMoments, moments_along, overlaps, shares
+
+# Eigenvalues given to four digits, a relative error of 1e-4 / 2 / 0.1: a ratio is known to 1e-3, a mean of ten to less.
+KNOWN = 1e-3
+# fp32 sums inside a block against float64 over everything, relative to the mean squared norm.
+STREAM = 2**6 * 2**-24
+# Var(λ̂)·n is a fourth moment less λ², which cancel where the truth is 0: the root of what rounding leaves.
+SE = STREAM**0.5
+
+# [MARKET], MNIST's directions: CLIP ViT-B/16, κ = 10, `norm` values.
+BUYER = [1.0635, 0.8383, 0.4283, 0.3374, 0.2579, 0.2489, 0.1815, 0.1711, 0.1444, 0.1130]
+SELLERS = {
+    "MNIST": ([0.9987, 0.7710, 0.4136, 0.3117, 0.2627, 0.2377, 0.1630, 0.1728, 0.1512, 0.1142], 0.951, 0.037),
+    "EMNIST": ([0.8215, 0.3944, 0.1839, 0.3997, 0.2029, 0.1465, 0.1692, 0.1898, 0.2464, 0.1249], 0.697, 0.219),
+    "Fashion-MNIST": ([0.3647, 0.4116, 0.1768, 0.3117, 0.2876, 0.2151, 0.2592, 0.3373, 0.2871, 0.2676], 0.572, 0.313),
+    "SVHN": ([0.3519, 1.667, 0.3493, 0.4886, 0.5151, 0.3781, 0.4233, 0.3441, 0.3086, 0.4195], 0.492, 0.453),
+    "CIFAR-10": ([0.6618, 0.2843, 0.1836, 0.5535, 0.6645, 0.2331, 1.0317, 0.2591, 0.3727, 0.3370], 0.445, 0.436),
+}
+
+
+def rows(n: int, seed: int, spread: torch.Tensor | None = None) -> torch.Tensor:
+    """Normal rows of falling spread in 24 dimensions around a common mean."""
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.linspace(0, 3, 24).neg().exp() if spread is None else spread
+    return torch.randn(n, 24, generator=generator) * spread + 0.5
+
+
+def directions_of(x: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:count].T.contiguous()
+
+
+def both(buyer: torch.Tensor, seller: torch.Tensor, count: int = 6) -> tuple[score.Moments, score.Moments]:
+    v = directions_of(buyer, count)
+    return moments_along(buyer, v), moments_along(seller, v)
+
+
+def ours(buyer: torch.Tensor, seller: torch.Tensor, measure=score.relevance) -> float:
+    return score.score(*both(buyer, seller), measure, draws=0).value
+
+
+def published(buyer: torch.Tensor, seller: torch.Tensor, measure=reference.relevance, count: int = 6) -> float:
+    v = directions_of(buyer, count)
+    b, s = (StreamingMoments(v, cross=True).update(x).cross() for x in (buyer, seller))
+    return measure(reference.norm_values(b), reference.norm_values(s))
+
+
+@pytest.mark.parametrize("name", SELLERS)
+def test_the_published_forms_give_the_published_answers(name: str) -> None:
+    values, relevance, diversity = SELLERS[name]
+    buyer, seller = torch.tensor(BUYER), torch.tensor(values)
+    assert reference.relevance(buyer, seller) == pytest.approx(relevance, abs=KNOWN)
+    assert reference.diversity(buyer, seller) == pytest.approx(diversity, abs=KNOWN)
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), st.floats(0, 10)), min_size=1, max_size=12))
+def test_relevance_and_diversity_add_up_to_at_most_one(pairs: list[tuple[float, float]]) -> None:
+    buyer, seller = torch.tensor(pairs, dtype=torch.float64).T
+    if (buyer >= 0.1).any():
+        total = reference.relevance(buyer, seller) + reference.diversity(buyer, seller)
+        assert total <= 1 + 1e-9
+    overlap = torch.minimum(buyer, seller) / torch.maximum(buyer, seller).clamp_min(1e-300)
+    assert float(score.relevance(overlap) + score.diversity(overlap)) <= 1 + 1e-9
+
+
+def test_scores_lie_between_floor_and_one_less_floor() -> None:
+    for overlap in (torch.zeros(5), torch.ones(5)):
+        assert {round(float(score.relevance(overlap)), 6), round(float(score.diversity(overlap)), 6)} == {0.05, 0.95}
+
+
+@given(st.integers(2, 300), st.integers(1, 24), st.integers(1, 100), st.sampled_from([0.0, 1e-3, 1.0, 100.0]))
+def test_streaming_equals_in_memory(n: int, count: int, block: int, offset: float) -> None:
+    x = rows(n, seed=n) + offset
+    v = torch.linalg.qr(torch.randn(24, count, generator=torch.Generator().manual_seed(count))).Q
+    stream = StreamingMoments(v, cross=True)
+    for part in x.split(block):
+        stream.update(part)
+    got, y, scale = stream.moments(), x.double() @ v.double(), float(x.double().square().sum(1).mean())
+    centred = y - y.mean(0)
+    assert got.rows == n
+    torch.testing.assert_close(got.mean, y.mean(0), rtol=0, atol=STREAM * math.sqrt(scale))
+    torch.testing.assert_close(got.second, y.T @ y / n, rtol=0, atol=STREAM * scale)
+    assert got.energy == pytest.approx(scale, rel=STREAM)
+    kurtosis = centred.pow(4).mean(0) - centred.square().mean(0).square()
+    torch.testing.assert_close(got.variance_se, (kurtosis.clamp_min(0) / n).sqrt(), rtol=1e-3, atol=SE * scale / n**0.5)
+    covariance = torch.cov(x.double().T) @ v.double()
+    torch.testing.assert_close(stream.cross(), covariance, rtol=0, atol=4 * STREAM * scale * n / (n - 1))
+
+
+def test_streaming_holds_what_it_held_however_many_rows_come() -> None:
+    def held(stream: StreamingMoments) -> int:
+        return sum(x.numel() for x in vars(stream).values() if isinstance(x, torch.Tensor))
+
+    stream = StreamingMoments(torch.eye(24)[:, :3])
+    few = held(stream.update(rows(10, 0)))
+    assert held(stream.update(rows(5000, 1))) == few <= 24 * 3 + 6 * 3 * 3
+
+
+def test_moments_of_a_union_are_pooled_exactly() -> None:
+    a, b, v = rows(70, 1), rows(30, 2) * 2, directions_of(rows(200, 0), 5)
+    pooled, whole = score.pool([moments_along(a, v), moments_along(b, v)]), moments_along(torch.cat([a, b]), v)
+    torch.testing.assert_close(pooled.covariance, whole.covariance, rtol=1e-5, atol=1e-6)
+    assert pooled.energy == pytest.approx(whole.energy, rel=1e-6)
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+def test_the_standard_error_of_a_variance_is_that_of_repeated_samples(heavy: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 500, 2, generator=generator)
+    if heavy:
+        x = x.sign() * x.abs().pow(1.5)
+    found = [moments_along(sample, torch.eye(2)) for sample in x]
+    spread = torch.stack([m.variance for m in found]).std(0)
+    stated = torch.stack([m.variance_se for m in found]).mean(0)
+    # 400 samples know a standard deviation to 1/√800 = 3.5 %, or twice that with heavy tails; three of those
+    torch.testing.assert_close(stated, spread, rtol=0.22 if heavy else 0.11, atol=0)
+
+
+def test_the_standard_error_of_relevance_covers_what_repeated_samples_give() -> None:
+    buyer, v = rows(400, 1000), directions_of(rows(400, 1000), 6)
+    b = moments_along(buyer, v)
+    found = [score.score(b, moments_along(rows(200, seed), v), draws=0).value for seed in range(200)]
+    stated = score.score(b, moments_along(rows(200, 7), v), draws=2000).standard_error
+    # the stated error also has the buyer's own sampling in it, half as much as the seller's here
+    assert 0.8 < stated / torch.tensor(found).std() < 2.0
+
+
+def test_a_threshold_relative_to_the_first_eigenvalue_judges_unit_norm_rows() -> None:
+    buyer, same = (torch.nn.functional.normalize(rows(300, s) - 0.5, dim=1) / 4 for s in (1, 2))
+    other = same.flip(1)
+    assert published(buyer, same) == published(buyer, other) == 1.0  # no eigenvalue reaches 0.1
+    assert ours(buyer, same) > 0.7 > 0.4 > ours(buyer, other)
+
+
+def test_correlation_does_not_change_with_the_sign_of_an_eigenvector() -> None:
+    x, y = rows(300, 1), rows(300, 2) * torch.linspace(1, 0.3, 24)
+    v = directions_of(x, 6)
+    turned = v * torch.tensor([1.0, -1, 1, 1, -1, 1])
+
+    def theirs(v: torch.Tensor) -> float:
+        means = [StreamingMoments(v, cross=True).update(side).cross().mean(0) for side in (x, y)]
+        return reference.correlation(*means)
+
+    def mine(v: torch.Tensor, measure) -> float:
+        b, s = shares(moments_along(x, v)), shares(moments_along(y, v))
+        return float(measure(b, s, score.kept_directions(b)))
+
+    assert abs(theirs(v) - theirs(turned)) > 1e-3
+    for measure in (score.correlation, score.cosine, score.l2):
+        assert mine(v, measure) == pytest.approx(mine(turned, measure), abs=1e-6)
+
+
+def test_one_dead_direction_does_not_undo_all_the_others() -> None:
+    buyer, seller = torch.tensor(BUYER), torch.tensor(SELLERS["MNIST"][0])
+    seller[4] = 0
+    assert reference.relevance(buyer, seller) == 0
+    overlap = torch.minimum(buyer, seller) / torch.maximum(buyer, seller)
+    whole = overlap.clone()
+    whole[4] = 1
+    assert score.relevance(overlap) > 0.6
+    assert score.relevance(overlap) < score.relevance(whole)
+
+
+def test_one_exact_match_does_not_undo_the_diversity_of_all_the_others() -> None:
+    buyer, seller = torch.tensor(BUYER), torch.tensor(SELLERS["CIFAR-10"][0])
+    seller[4] = buyer[4]
+    assert reference.diversity(buyer, seller) == 0
+    assert score.diversity(torch.minimum(buyer, seller) / torch.maximum(buyer, seller)) > 0.3
+
+
+@pytest.mark.parametrize("factor", [0.1, 10.0])
+def test_scores_do_not_change_when_the_seller_rescales(factor: float) -> None:
+    buyer, seller = rows(300, 1), rows(300, 2)
+    assert published(buyer, seller * factor) < 0.5 * published(buyer, seller)
+    assert ours(buyer, seller * factor) == pytest.approx(ours(buyer, seller), abs=1e-5)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_shift_of_the_mean_is_seen(inside: bool) -> None:
+    buyer, seller = rows(300, 1) - 0.5, rows(300, 2) - 0.5
+    shift = torch.zeros(24)
+    shift[0 if inside else 23] = 3.0
+    assert published(buyer, seller + shift) == pytest.approx(published(buyer, seller), abs=1e-5)
+    assert ours(buyer, seller + shift) < 0.8 * ours(buyer, seller)
+
+
+def test_duplicates_raise_no_score() -> None:
+    buyer, seller = rows(300, 1), rows(60, 2)
+    b, once = both(buyer, seller)
+    twice = both(buyer, seller.repeat(2, 1))[1]
+    raised = reference.volume(twice.second, twice.rows) - reference.volume(once.second, once.rows)
+    assert raised == pytest.approx(6 * math.log(2), abs=1e-4)
+    kept = score.kept_directions(shares(b))
+    assert score.volume(b, twice, kept) == pytest.approx(score.volume(b, once, kept), abs=1e-5)
+    for measure in (score.relevance, score.diversity):
+        one, two = (score.score(b, s, measure, draws=0).value for s in (once, twice))
+        assert two == pytest.approx(one, abs=1e-5)
+
+
+def test_noise_raises_neither_relevance_nor_coverage() -> None:
+    buyer, seller = rows(300, 1), rows(300, 2)
+    noisy = seller + torch.randn(300, 24, generator=torch.Generator().manual_seed(0))
+    b, clean = both(buyer, seller)
+    noise = both(buyer, noisy)[1]
+    assert reference.volume(noise.second, 300) > reference.volume(clean.second, 300)
+    assert reference.dispersion(noise.variance) > reference.dispersion(clean.variance)
+    kept, sb = score.kept_directions(shares(b)), shares(b)
+    assert score.volume(b, noise, kept) < score.volume(b, clean, kept)
+    assert score.dispersion(sb, shares(noise), kept) < score.dispersion(sb, shares(clean), kept)
+    assert ours(buyer, noisy) < 0.9 * ours(buyer, seller)
+
+
+def test_the_vendi_score_of_orthogonal_groups_is_their_number() -> None:
+    x = torch.eye(24)[torch.arange(12) % 4] * torch.linspace(1, 3, 12)[:, None]
+    assert reference.vendi(x) == pytest.approx(4)
+    assert score.vendi(moments_along(torch.eye(24)[torch.arange(12) % 4], torch.eye(24)[:, :6])) == pytest.approx(4)
+
+
+def test_turning_the_directions_turns_the_moments() -> None:
+    x, v = rows(500, 3), directions_of(rows(200, 0), 6)
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0))).Q
+    turned, direct = moments_along(x, v).turned(rotation), moments_along(x, v @ rotation)
+    torch.testing.assert_close(turned.covariance, direct.covariance, rtol=1e-4, atol=1e-5)
+    # normal rows: an elliptical kurtosis is the right one; a kurtosis from 500 rows × 6 directions is known to ~10 %
+    torch.testing.assert_close(turned.variance_se, direct.variance_se, rtol=0.35, atol=0)
+
+
+def test_a_seller_like_the_buyer_in_nothing_overlaps_in_nothing_and_itself_in_all() -> None:
+    x = rows(100, 1)
+    b = shares(moments_along(x, directions_of(x, 4)))
+    kept = score.kept_directions(b)
+    torch.testing.assert_close(overlaps(b, b, kept), torch.ones(int(kept.sum()) + 1, dtype=torch.float64))
+
+
+def test_bad_rows_are_refused_with_a_sentence() -> None:
+    stream = StreamingMoments(torch.eye(24)[:, :2])
+    with pytest.raises(ValueError, match="at least 2 rows are needed, got 0"):
+        stream.moments()
+    stream.update(rows(10, 0))
+    bad = rows(10, 0)
+    bad[3, 1] = math.nan
+    with pytest.raises(ValueError, match="infinity in row 13"):
+        stream.update(bad)
+    with pytest.raises(ValueError, match="dimension 24, got a tensor of shape \\(5, 23\\)"):
+        stream.update(torch.zeros(5, 23))
+    with pytest.raises(ValueError, match="must not all be zero"):
+        shares(moments_along(torch.zeros(5, 24), torch.eye(24)[:, :2]))
+    with pytest.raises(RuntimeError, match="cross=True"):
+        stream.cross()
+
+
+def test_sensitivity_read_off_the_data_tells_of_one_row() -> None:
+    x = rows(100, 0)
+    neighbour = x.clone()
+    neighbour[0] *= 50
+    assert reference.data_dependent_noise(neighbour, 1, 1e-6) > 5 * reference.data_dependent_noise(x, 1, 1e-6)
