@@ -1,0 +1,275 @@
+"""Server → devices: what each device believes the parameters are, θ̂_m, and what that cost.
+
+| downlink | what travels | who remembers |
+|---|---|---|
+| `IdealDownlink` | θ, exactly | nobody |
+| `DigitalDownlink` | Q(θ − θ̂) at the common rate that every device decodes [NOISY] | one θ̂, the same everywhere |
+| `AnalogDownlink` | θ uncoded; each device scales what it hears (MMSE) [NOISY] | nobody |
+| `SelectionDownlink` | Q(θ − θ̂_m) to each of the J devices with the best channels [SELECT] | θ̂_m of every device |
+
+[NOISY] arXiv 2008.11141, [SELECT] arXiv 2107.03510. What is given there and what is ours is said at each class.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from federated.channel import Channel, energy, pack, unpack
+from federated.draws import Draws
+from federated.quantize import Quantized, quantize_within
+
+Memory = Tensor | None
+
+
+@dataclass
+class Traffic:
+    """What a link used in a round.
+
+    Args:
+        bits: of all messages; None where nothing is coded.
+        channel_uses: complex symbols, T·F.
+        power: mean transmit power per OFDM symbol, over the senders that sent.
+        silent: devices that wanted to be served, or to send, and could not.
+    """
+
+    bits: int | None = None
+    channel_uses: int = 0
+    power: float = 0.0
+    silent: int = 0
+
+
+@dataclass
+class Reception:
+    """One round of a downlink, opened: who takes part, and what each receives.
+
+    Args:
+        devices: (J,) int64, the participants.
+        traffic: what was used.
+    """
+
+    devices: Tensor
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def receive(self, devices: Tensor) -> Tensor:
+        """Give θ̂_m of some participants (B,) as (B, d) fp32, not to be written to."""
+        raise NotImplementedError
+
+
+class Downlink(abc.ABC):
+    """Sends θ to the devices, once a round."""
+
+    def memory_rows(self, num_devices: int) -> int:
+        """Count the rows (each of d numbers) that must be remembered between rounds: 0, 1 or M."""
+        return 0
+
+    @abc.abstractmethod
+    def send(self, theta: Tensor, candidates: Tensor, num_devices: int, memory: Memory, draws: Draws) -> Reception:
+        """Send θ.
+
+        Args:
+            theta: θ (d,) fp32.
+            candidates: (·,) int64, the devices that the server would like to take part.
+            num_devices: M, all that listen.
+            memory: θ̂ (rows, d), written in place, or None.
+            draws: of this link in this round.
+        """
+
+
+class _Shared(Reception):
+    """Every participant holds the same vector."""
+
+    def __init__(self, value: Tensor, devices: Tensor, traffic: Traffic) -> None:
+        super().__init__(devices, traffic)
+        self.value = value
+
+    def receive(self, devices: Tensor) -> Tensor:
+        return self.value.expand(len(devices), -1)
+
+
+class IdealDownlink(Downlink):
+    """Every device receives θ without error and without cost."""
+
+    def send(self, theta: Tensor, candidates: Tensor, num_devices: int, memory: Memory, draws: Draws) -> Reception:
+        """Hand θ over; see `Downlink.send`."""
+        return _Shared(theta, candidates, Traffic())
+
+
+class DigitalDownlink(Downlink):
+    """Q(θ − θ̂) at a common rate, decoded by every device; the server knows θ̂. [NOISY]
+
+    Bits of a round: T·min_m Σ_f log2(1 + P|h_{m,f}|²/(Fσ²)), equal power over subchannels (ours).
+
+    Args:
+        channel: with a budget of `ofdm_symbols`.
+
+    Raises:
+        ValueError: the channel has no budget.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel, self.symbols = channel, _budget(channel)
+
+    def memory_rows(self, num_devices: int) -> int:
+        """One θ̂ for all."""
+        return 1
+
+    def send(self, theta: Tensor, candidates: Tensor, num_devices: int, memory: Memory, draws: Draws) -> Reception:
+        """Move θ̂ by the quantized difference; see `Downlink.send`. A link too thin for one entry serves nobody."""
+        assert memory is not None
+        rates = capacities(self.channel, range(num_devices), self.symbols, draws)
+        message = quantize_within(theta - memory[0], whole(float(rates.min())), draws.generator("rounding"))
+        if message is None:
+            return Reception(candidates[:0], Traffic(bits=0, silent=len(candidates)))
+        memory[0] += message.dense()
+        traffic = Traffic(message.bits, self.symbols * self.channel.subchannels, self.channel.power)
+        return _Shared(memory[0], candidates, traffic)
+
+
+class AnalogDownlink(Downlink):
+    """θ uncoded: device m hears α·h_m∘x + z_m and scales it to the least mean squared error. [NOISY; scaling: ours]
+
+    α = √(T·P/‖x‖²) is known to the devices. The estimate of a symbol of mean energy E_x = T·P/(number of symbols) is
+    conj(h)·E_x/(|h|²E_x + σ²)·y/α, with mean squared error E_x·σ²/(|h|²E_x + σ²)/α². (Plain inversion has infinite
+    noise variance under Rayleigh fading.)
+
+    Args:
+        channel: whose budget, if it has one, must hold θ.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+
+    def send(self, theta: Tensor, candidates: Tensor, num_devices: int, memory: Memory, draws: Draws) -> Reception:
+        """Broadcast θ; see `Downlink.send`."""
+        symbols = self.channel.symbols_for(len(theta))
+        return _Broadcast(self.channel, theta, symbols, candidates, draws)
+
+
+class _Broadcast(Reception):
+    """Every participant hears θ through gains and noise of its own, drawn when it is asked for."""
+
+    def __init__(self, channel: Channel, theta: Tensor, symbols: int, devices: Tensor, draws: Draws) -> None:
+        self.channel, self.draws, self.size = channel, draws, len(theta)
+        x = pack(theta[None], channel.subchannels)
+        norm_squared = float(energy(x))
+        self.alpha = math.sqrt(symbols * channel.power / norm_squared) if norm_squared else 0.0
+        self.sent = self.alpha * x
+        self.symbol_energy = symbols * channel.power / math.ceil(self.size / 2)
+        power = channel.power if norm_squared else 0.0
+        super().__init__(devices, Traffic(None, symbols * channel.subchannels, power))
+
+    def receive(self, devices: Tensor) -> Tensor:
+        if not self.alpha:  # nothing was sent, and that says it all
+            return torch.zeros(self.size).expand(len(devices), -1)
+        symbols = self.sent.shape[1]
+        gains = self.channel.gains(devices.tolist(), symbols, self.draws)[:, 0]
+        heard = gains * self.sent
+        for row, device in enumerate(devices.tolist()):
+            heard[row] += self.channel.noise(heard.shape[1:], self.draws.generator("noise", device))
+        estimate = mmse(heard, gains, self.symbol_energy, self.channel.noise_variance) / self.alpha
+        return unpack(estimate, self.size)
+
+
+class SelectionDownlink(Downlink):
+    """The J devices with the best channels each get a quantized difference to their own last estimate. [SELECT]
+
+    Ours: the best are those of highest rate Σ_f log2(1 + P|h_{m,f}|²/(Fσ²)); each gets T/J of the OFDM symbols (whole
+    ones, the first get what is left over); a link too thin for one entry serves nobody. Who is not selected keeps θ̂_m.
+
+    Args:
+        channel: with a budget of `ofdm_symbols`.
+        participants: J.
+
+    Raises:
+        ValueError: J below 1, or the channel has no budget.
+    """
+
+    def __init__(self, channel: Channel, participants: int) -> None:
+        if participants < 1:
+            raise ValueError(f"participants must be at least 1, got {participants}")
+        self.channel, self.participants, self.symbols = channel, participants, _budget(channel)
+
+    def memory_rows(self, num_devices: int) -> int:
+        """θ̂_m of every device."""
+        if self.participants > num_devices:
+            raise ValueError(f"participants must be at most num_devices={num_devices}, got {self.participants}")
+        return num_devices
+
+    def send(self, theta: Tensor, candidates: Tensor, num_devices: int, memory: Memory, draws: Draws) -> Reception:
+        """Select, and move the selected devices' θ̂_m; see `Downlink.send`."""
+        assert memory is not None
+        rates = capacities(self.channel, candidates.tolist(), self.symbols, draws)
+        best = rates.argsort(descending=True, stable=True)[: self.participants].sort().values
+        shares = share(self.symbols, len(best))
+        served, bits = [], 0
+        for device, rate, symbols in zip(candidates[best].tolist(), rates[best].tolist(), shares, strict=True):
+            message = self.message(theta, memory[device], rate * symbols / self.symbols, draws, device)
+            if message is not None:
+                memory[device] += message.dense()
+                served.append(device)
+                bits += message.bits
+        traffic = Traffic(
+            bits, self.symbols * self.channel.subchannels if served else 0, self.channel.power if served else 0.0
+        )
+        traffic.silent = len(best) - len(served)
+        return _Remembered(torch.tensor(served, dtype=torch.int64), traffic, memory)
+
+    def message(self, theta: Tensor, held: Tensor, bits: float, draws: Draws, device: int) -> Quantized | None:
+        """Quantize θ − θ̂_m into what one device's share carries."""
+        return quantize_within(theta - held, whole(bits), draws.generator("rounding", device))
+
+
+class _Remembered(Reception):
+    """Every participant has its own row of the memory."""
+
+    def __init__(self, devices: Tensor, traffic: Traffic, memory: Tensor) -> None:
+        super().__init__(devices, traffic)
+        self.memory = memory
+
+    def receive(self, devices: Tensor) -> Tensor:
+        return self.memory[devices]
+
+
+def mmse(heard: Tensor, gains: Tensor, symbol_energy: float, noise_variance: float) -> Tensor:
+    """Estimate what was sent: conj(h)·E_x/(|h|²E_x + σ²)·y, with mean squared error E_x·σ²/(|h|²E_x + σ²).
+
+    Args:
+        heard: y = h∘x + z, complex.
+        gains: h, of a shape that broadcasts.
+        symbol_energy: E_x = E|x|².
+        noise_variance: σ².
+    """
+    return gains.conj() * (symbol_energy / (gains.abs().square() * symbol_energy + noise_variance)) * heard
+
+
+def capacities(channel: Channel, devices: Sequence[int], symbols: int, draws: Draws) -> Tensor:
+    """Count the bits that the whole round would carry to each device (B,), a few devices at a time."""
+    step = max(1, (1 << 20) // (symbols * channel.subchannels))
+    return torch.cat(
+        [
+            channel.capacity(channel.gains(devices[start : start + step], symbols, draws), symbols)
+            for start in range(0, len(devices), step)
+        ]
+    )
+
+
+def share(symbols: int, participants: int) -> list[int]:
+    """Share T OFDM symbols among J devices, the first get what is left over."""
+    return [symbols // participants + (j < symbols % participants) for j in range(participants)]
+
+
+def whole(bits: float) -> float:
+    """Round down to whole bits; `inf` stays."""
+    return bits if math.isinf(bits) else math.floor(bits)
+
+
+def _budget(channel: Channel) -> int:
+    if channel.ofdm_symbols is None:
+        raise ValueError("a digital link needs a budget: set the channel's ofdm_symbols")
+    return channel.ofdm_symbols
