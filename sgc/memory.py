@@ -32,25 +32,46 @@ def has_basis(shape: Sequence[int], group: Mapping[str, Any]) -> bool:
 
 
 def state_schema(shape: Sequence[int], group: Mapping[str, Any]) -> Schema:
-    """Name every tensor that the state of a tensor holds, with its shape and dtype."""
+    """Name every tensor that the state of a tensor holds, with its shape and dtype.
+
+    What belongs to single indices of dim 0 has that dimension first, so that it can be sharded as the tensor itself is;
+    row-major, it is the same as without: `row` (rows,), sketches (c, k).
+    """
     layout = tensor_layout(shape, group)
     schema: Schema = {"step": ((), torch.float32)}
     if layout is None:
         return schema | dict.fromkeys(("exp_avg", "exp_avg_sq"), (tuple(shape), torch.float32))
-    if has_basis(shape, group):
+    whole = has_basis(shape, group)  # a layout of PᵀG: its dim 0 is not the tensor's
+    if whole:
         schema["basis"] = ((min(matrix_shape(tuple(shape))), group["rank"]), torch.float32)
     rule = group["moments"]
     if rule in FACTORED:
-        schema |= {"row": ((layout.rows,), torch.float32), "col": ((layout.cols,), torch.float32)}
+        row = (layout.rows,) if whole else _lead(shape, layout.rows_per_slice(), (layout.rows,))
+        schema |= {"row": (row, torch.float32), "col": ((layout.cols,), torch.float32)}
     second = {"subspace": ("sketch_sq",), "sketched": ("square_sketch",)}.get(rule, ())
-    sketch = (layout.chunks, min(group["sketch_size"], layout.chunk))
+    k = min(group["sketch_size"], layout.chunk)
+    pieces = None if whole else chunks_per_slice(layout)
+    sketch = _lead(shape, pieces, (layout.chunks, k), k)
     for name in ("sketch", *second) if group["sketch_size"] else ():
         if group["state_dtype"] == "int8":
             schema[name] = (sketch, torch.uint8)
-            schema[name + "_absmax"] = ((math.ceil(math.prod(sketch) / QUANTIZED_BLOCK),), torch.float32)
+            blocks = None if pieces is None or pieces * k % QUANTIZED_BLOCK else pieces * k // QUANTIZED_BLOCK
+            absmax = _lead(shape, blocks, (math.ceil(math.prod(sketch) / QUANTIZED_BLOCK),))
+            schema[name + "_absmax"] = (absmax, torch.float32)
         else:
             schema[name] = (sketch, getattr(torch, group["state_dtype"]))
     return schema
+
+
+def chunks_per_slice(layout: Layout) -> int | None:
+    """Give the chunks in one index of dim 0, or None where an index of it cuts a chunk."""
+    rows = layout.rows_per_slice(layout.rows_per_chunk)
+    return None if rows is None else rows // layout.rows_per_chunk * layout.pieces
+
+
+def _lead(shape: Sequence[int], per_slice: int | None, flat: tuple[int, ...], *last: int) -> tuple[int, ...]:
+    """Give the shape (dim 0, per slice, *last), or the flat one where that is the same or there are no slices."""
+    return flat if per_slice is None or per_slice == 1 else (shape[0], per_slice, *last)
 
 
 def schema_bytes(schema: Schema) -> int:

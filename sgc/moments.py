@@ -90,27 +90,37 @@ def residual(e: Tensor, p: Tensor, decay: float) -> Tensor:
     return e.mul_(decay).add_(p)
 
 
-def factor(row: Tensor, col: Tensor, row_mean: Tensor, col_mean: Tensor, beta2: float, t: int) -> tuple[Tensor, Tensor]:
+def factor(
+    row: Tensor,
+    col: Tensor,
+    row_mean: Tensor,
+    col_mean: Tensor,
+    beta2: float,
+    t: int,
+    mean: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Update the factored second moment and give its root: √v̂ᵢⱼ = aᵢ·bⱼ. (after Adafactor, arXiv 1804.04235)
 
     R and C are bias-corrected EMAs of the row and column means of g², this gradient in, and are floored at 1e-4 of
     their mean: v̂ᵢⱼ = R̂ᵢ·Ĉⱼ / mean(R̂).
 
     Args:
-        row: R (rows,), changed in place.
+        row: R, of rows entries in any shape, changed in place.
         col: C (cols,), changed in place.
         row_mean: means of g² along the rows, (rows,).
         col_mean: means of g² along the columns, (cols,).
         beta2: β2.
         t: updates made, from 1.
+        mean: of all of R after this update, where `row` is a shard of it; None: that of `row`.
 
     Returns:
         a (rows,) and b (cols,).
     """
     correction = 1 - beta2**t
-    row_hat = ema(row, row_mean, beta2) / correction
+    row_hat = ema(row.view(-1), row_mean, beta2) / correction
     col_hat = ema(col, col_mean, beta2) / correction
-    mean = row_hat.mean().clamp(min=torch.finfo(torch.float32).tiny)  # squares of 1e-22 vanish
+    mean = row_hat.mean() if mean is None else mean / correction
+    mean = mean.clamp(min=torch.finfo(torch.float32).tiny)  # squares of 1e-22 vanish
     row_hat = torch.maximum(row_hat, FLOOR * mean)
     col_hat = torch.maximum(col_hat, FLOOR * col_hat.mean())
     return (row_hat / mean).sqrt(), col_hat.sqrt()

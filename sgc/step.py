@@ -129,12 +129,22 @@ def _recover_busy(
 
 def mean_squares(grid: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Give the row and column means of g², (rows,) and (cols,) in fp32, padding left out."""
+    return means(*square_sums(grid, layout), layout)
+
+
+def square_sums(grid: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Give the row and column sums of g², (rows,) and (cols,) in fp32."""
     row = grid.new_empty(layout.rows, dtype=torch.float32)
     col = grid.new_zeros(layout.cols, dtype=torch.float32)
     for rows, _ in layout.blocks():
         square = grid[rows].float().square()
         row[rows] = square.sum(1)
         col += square.sum(0)
+    return row, col
+
+
+def means(row: Tensor, col: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Turn the sums over rows and columns into means, in place, padding left out."""
     ragged = layout.rows * layout.cols - layout.numel  # a vector's last grid row ends early
     row /= layout.cols
     row[-1] *= layout.cols / (layout.cols - ragged)
@@ -144,10 +154,13 @@ def mean_squares(grid: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     return row, col
 
 
-def whiten_by(state: Mapping[str, Tensor], row: Tensor, col: Tensor, beta2: float, t: int) -> Whitening:
-    """Move R and C of `state` by the row and column means of g², and whiten by them."""
+def whiten_by(
+    state: Mapping[str, Tensor], row: Tensor, col: Tensor, beta2: float, t: int, mean: Tensor | None = None
+) -> Whitening:
+    """Move R and C of `state` by the row and column means of g², and whiten by them; `mean` as in `moments.factor`."""
     busy = row > 0  # of an embedding, only the rows of tokens that were seen are
-    return Whitening(*moments.factor(state["row"], state["col"], row, col, beta2, t), None if busy.all() else busy)
+    a, b = moments.factor(state["row"], state["col"], row, col, beta2, t, mean)
+    return Whitening(a, b, None if busy.all() else busy)
 
 
 def _select(
@@ -188,7 +201,7 @@ def _whiten(block: Tensor, a: Tensor, b: Tensor, eps: float) -> Tensor:
 def encode(
     grid: Tensor, layout: Layout, whitening: Whitening | None, projection: Projection, group: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
-    """Sparsify and project a gradient's grid, whitened where a rule says so: p (c, min(k, n)); for "sketched" also q."""
+    """Sparsify and project a gradient's grid, whitened where the rule is: p (c, min(k, n)); for "sketched" also q."""
     shape = (layout.chunks, min(projection.sketch_size, layout.chunk))
     p = torch.empty(shape, dtype=torch.float32, device=grid.device)
     q = torch.empty_like(p) if group["moments"] == "sketched" else None
@@ -222,16 +235,33 @@ def apply_memoryless(
         decay: learning rate times weight decay.
         generator: for stochastic rounding, or None.
     """
-    grid, flat = layout.grid(gradient), weight.view(-1)
+    grid = layout.grid(gradient)
     row, col = mean_squares(grid, layout)
     whitening = whiten_by(state, row, col, group["betas"][1], int(state["step"]))
+    apply_whitened(weight, grid, layout, whitening, group["eps"], lr, decay, generator)
+
+
+def apply_whitened(
+    weight: Tensor,
+    grid: Tensor,
+    layout: Layout,
+    whitening: Whitening,
+    eps: float,
+    lr: float,
+    decay: float,
+    generator: torch.Generator | None,
+    offset: int = 0,
+) -> None:
+    """W ← (1 − decay)·W − lr·w for the grid of a gradient and its whitening; `offset` entries of it precede W's."""
+    flat = weight.view(-1)
     for rows, _ in layout.blocks():
-        part = flat[rows.start * layout.cols : min(rows.stop * layout.cols, layout.numel)]
+        start, stop = (min(max(edge * layout.cols - offset, 0), flat.numel()) for edge in (rows.start, rows.stop))
+        part, skipped = flat[start:stop], start + offset - rows.start * layout.cols
         if whitening.busy is not None and not whitening.busy[rows].any():
             apply_dense(part, None, 0.0, decay, generator)
             continue
-        update = _whiten(grid[rows], whitening.a[rows], whitening.b, group["eps"])
-        update = update.clamp_(-moments.CLIP, moments.CLIP).view(-1)[: part.numel()]
+        update = _whiten(grid[rows], whitening.a[rows], whitening.b, eps)
+        update = update.clamp_(-moments.CLIP, moments.CLIP).view(-1)[skipped : skipped + part.numel()]
         apply_dense(part, update, lr, decay, generator)
 
 
@@ -248,12 +278,24 @@ def apply_sparse(
         decay: learning rate times weight decay.
         generator: for stochastic rounding, or None.
     """
+    apply_entries(weight, *entries(layout, update), lr, decay, generator)
+
+
+def entries(layout: Layout, update: Update) -> tuple[Tensor, Tensor]:
+    """Give the positions in the flattened tensor that an update moves and the values there, padding left out."""
     position, value = layout.flat_index(update.index), update.value
-    lengths = layout.lengths(weight.device)
+    lengths = layout.lengths(position.device)
     if lengths is not None:
         real = update.index < lengths[:, None]
         position, value = position[real], value[real]
-    position, value, flat = position.reshape(-1), value.reshape(-1), weight.view(-1)
+    return position.reshape(-1), value.reshape(-1)
+
+
+def apply_entries(
+    weight: Tensor, position: Tensor, value: Tensor, lr: float, decay: float, generator: torch.Generator | None
+) -> None:
+    """W ← (1 − decay)·W − lr·u for the values of u at some positions of the flattened W, each position once."""
+    flat = weight.view(-1)
     if weight.dtype is torch.float32:
         if decay:
             flat.mul_(1 - decay)

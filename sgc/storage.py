@@ -22,13 +22,13 @@ def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def read_held(state: dict[str, Any], name: str) -> Tensor:
-    """Give a held moment in fp32: the tensor of the state itself where that is fp32, else a copy."""
+    """Give a held moment (c, k) in fp32: a view of the state itself where that is fp32, else a copy."""
     held = state[name]
+    held = held.flatten(0, -2) if held.dim() > 2 else held  # (dim 0, chunks of a slice, k)
     if held.dtype is torch.uint8:
         bnb = _bitsandbytes()
-        return bnb.dequantize_blockwise(
-            held, absmax=state[name + "_absmax"], code=_code(bnb, name).to(held.device), blocksize=QUANTIZED_BLOCK
-        )
+        absmax, code = state[name + "_absmax"].view(-1), _code(bnb, name).to(held.device)
+        return bnb.dequantize_blockwise(held, absmax=absmax, code=code, blocksize=QUANTIZED_BLOCK)
     return held if held.dtype is torch.float32 else held.float()
 
 
@@ -39,12 +39,16 @@ def write_held(state: dict[str, Any], name: str, moment: Tensor, generator: torc
         bnb = _bitsandbytes()
         code = _code(bnb, name).to(moment.device)
         quantized, info = bnb.quantize_blockwise(moment, code=code, blocksize=QUANTIZED_BLOCK)
-        state[name], state[name + "_absmax"] = quantized, info.absmax
+        if held is None:
+            state[name], state[name + "_absmax"] = quantized, info.absmax
+        else:
+            held.copy_(quantized.view_as(held))
+            state[name + "_absmax"].view(-1).copy_(info.absmax)
     elif held.dtype is torch.bfloat16:
         assert generator is not None
-        held.copy_(stochastic_round(moment, generator))
+        held.copy_(stochastic_round(moment, generator).view_as(held))
     elif held.data_ptr() != moment.data_ptr():
-        held.copy_(moment)
+        held.copy_(moment.view_as(held))
 
 
 def check_state_dtype(state_dtype: str) -> None:

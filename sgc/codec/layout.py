@@ -45,6 +45,13 @@ class Layout:
         """Whether any chunk holds entries that are not the tensor's."""
         return self.chunks * self.chunk != self.numel
 
+    def rows_per_slice(self, unit: int = 1) -> int | None:
+        """Give the grid rows in one index of dim 0; None where an index of it cuts a grid row, or `unit` rows."""
+        if not self.shape or not self.numel:
+            return None
+        entries = self.numel // self.shape[0]
+        return None if entries % (unit * self.cols) else entries // self.cols
+
     def grid(self, x: Tensor) -> Tensor:
         """View a tensor of `shape` as its (rows, cols) grid; a ragged tail is filled with zeros."""
         flat = x.reshape(-1)
