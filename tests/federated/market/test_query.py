@@ -1,0 +1,279 @@
+"""What travels is what it says, gives away no more, and is safe to open from a stranger."""
+
+import json
+import os
+import pickle
+import stat
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from federated.market import query as q
+from federated.market.score import moments_along, relevance, score
+
+ENCODER = q.Encoder("pixels", "0" * 64, "none", False, 32)
+
+
+def rows(n: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 32, generator=generator) * torch.linspace(0, 3, 32).neg().exp() + 0.3
+
+
+@pytest.fixture
+def pair() -> tuple[q.BuyerQuery, q.BuyerKey]:
+    return q.make_query(rows(100, 0), ENCODER, directions=6, decoys=4, seed=1)
+
+
+def response_of(pair: tuple[q.BuyerQuery, q.BuyerKey], seed: int = 5, **changes) -> q.SellerResponse:
+    return replace(q.answer(pair[0], rows(300, seed).split(64), ENCODER, "seller"), **changes)
+
+
+def test_what_comes_back_is_what_the_true_directions_would_have_given(pair) -> None:
+    query, key = pair
+    seller, x = rows(300, 5), rows(100, 0).double()
+    vectors, values = q.leading_eigenvectors(x - x.mean(0), 6)
+    direct = moments_along(seller, vectors.float())
+    turned = key.seller(q.answer(query, [seller], ENCODER, "s"))
+    torch.testing.assert_close(turned.covariance[1:, 1:], direct.covariance, rtol=0, atol=1e-5)
+    torch.testing.assert_close(key.buyer().variance[1:], values, rtol=1e-4, atol=1e-6)
+    # the mean has no part outside the mean direction and the eigenvectors
+    assert float(key.buyer().mean.square().sum()) == pytest.approx(float(x.mean(0).square().sum()), rel=1e-4)
+
+
+def test_the_query_file_tells_neither_eigenvalue_nor_order_nor_decoy(pair, tmp_path) -> None:
+    query, key = pair
+    query.save(tmp_path / "q")
+    x = rows(100, 0).double()
+    vectors, values = q.leading_eigenvectors(x - x.mean(0), 6)
+    alignment = (query.directions.double().T @ vectors).abs()
+    assert alignment.max() < 0.95  # no column is an eigenvector
+    content = (tmp_path / "q").read_bytes()
+    for secret in [*values, *key.moments.variance, *x.mean(0)]:
+        for dtype in ("<f4", "<f8"):
+            assert secret.numpy().astype(dtype).tobytes() not in content
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert set(header) == {"__metadata__", "directions"}
+    assert set(json.loads(header["__metadata__"]["sgc_market"])) == {"kind", "version", "encoder"}
+
+
+def test_the_basis_is_turned_anew_each_time() -> None:
+    one, two = (q.make_query(rows(100, 0), ENCODER, directions=6, decoys=4)[0] for _ in range(2))
+    assert not torch.allclose(one.directions, two.directions)
+
+
+def test_files_come_back_as_they_were(pair, tmp_path) -> None:
+    query, key = pair
+    response = response_of(pair)
+    query.save(tmp_path / "q")
+    key.save(tmp_path / "k")
+    response.save(tmp_path / "r")
+    again, key_again, response_again = (
+        q.BuyerQuery.load(tmp_path / "q"),
+        q.BuyerKey.load(tmp_path / "k"),
+        q.SellerResponse.load(tmp_path / "r"),
+    )
+    assert torch.equal(again.directions, query.directions)
+    assert again.encoder == query.encoder
+    assert again.identifier == query.identifier == key_again.query
+    assert response_again.to_json() == response.to_json()
+    one, two = (score(k.buyer(), k.seller(r), relevance) for k, r in ((key, response), (key_again, response_again)))
+    assert one.value == pytest.approx(two.value, abs=1e-12)
+    assert stat.S_IMODE(os.stat(tmp_path / "k").st_mode) == 0o600
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["k", "q", "r"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("digest", "1" * 64), ("pooling", "mean"), ("normalize", True), ("dimension", 31)]
+)
+def test_another_encoder_is_refused_by_the_field_that_differs(pair, field: str, value) -> None:
+    with pytest.raises(ValueError, match=f"same encoder: the query's {field} is"):
+        q.answer(pair[0], [rows(300, 5)], replace(ENCODER, **{field: value}), "s")
+
+
+def test_what_a_query_cannot_be_made_of_is_a_sentence() -> None:
+    bad = rows(100, 0)
+    bad[7, 3] = float("nan")
+    flat = rows(100, 0)
+    flat[:, 2:] = 1.0
+    for x, kwargs, sentence in [
+        (rows(39, 0), {}, "needs at least 40 rows, or it would reveal single ones; got 39"),
+        (rows(200, 0), {"directions": 25}, "must be below the dimension 32, got 25 \\+ 1 \\+ 8"),
+        (rows(200, 0)[:, :31], {}, "encoder's dimension 32, got shape \\(200, 31\\)"),
+        (rows(0, 0), {}, "got 0"),
+        (bad, {}, "NaN or infinity in row 7"),
+        (flat, {}, "must vary along 10 directions, got 2"),
+        (torch.ones(100, 32), {}, "must vary along 10 directions, got 0"),
+        (rows(100, 0), {"directions": 0}, "directions must be at least 1"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            q.make_query(x, ENCODER, **kwargs)
+
+
+def test_what_a_seller_cannot_answer_with_is_a_sentence(pair) -> None:
+    bad = rows(300, 0)
+    bad[77] = float("inf")
+    for batches, sentence in [
+        ([rows(43, 0)], "at least 44 rows, or the answer would reveal single ones; got 43"),
+        ([], "got 0"),
+        ([torch.ones(300, 32)], "must vary along the query's directions, got constant"),
+        ([rows(300, 0)[:, :31]], "query's dimension 32"),
+        ([bad], "NaN or infinity in row 77"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            q.answer(pair[0], batches, ENCODER, "s")
+    with pytest.raises(ValueError, match="printable"):
+        q.answer(pair[0], [rows(300, 0)], ENCODER, "\x1b[2Jgone")
+
+
+def test_an_answer_to_an_altered_query_is_known(pair) -> None:
+    query, key = pair
+    altered = q.BuyerQuery(query.directions.flip(1).contiguous(), ENCODER)
+    with pytest.raises(ValueError, match="answers another query, or an altered one"):
+        key.seller(q.answer(altered, [rows(300, 5)], ENCODER, "s"))
+
+
+def test_directions_that_would_make_a_seller_tell_more_are_refused(pair) -> None:
+    query = pair[0]
+    for directions in (query.directions * 2, query.directions[:, [0, 0]], query.directions * float("nan")):
+        with pytest.raises(ValueError, match="orthonormal"):
+            q.BuyerQuery(directions.contiguous(), ENCODER)
+
+
+def hostile_queries(pair) -> dict[str, bytes]:
+    query = pair[0]
+    header = {"kind": "query", "version": 1, "encoder": q.asdict(ENCODER)}
+
+    def file(tensors=None, **changes) -> bytes:
+        return save(tensors or {"directions": query.directions}, {"sgc_market": json.dumps(header | changes)})
+
+    good = file()
+    return {
+        "empty": b"",
+        "a pickle": pickle.dumps(os.getcwd),
+        "a header of 2**60 bytes": (2**60).to_bytes(8, "little") + b"{}",
+        "cut short": good[:-5],
+        "a tail": good + b"x" * 5,
+        "another kind": file(kind="response"),
+        "a later version": file(version=2),
+        "a version in words": file(version="1"),
+        "one field more": file(eigenvalues=[1]),
+        "no metadata": save({"directions": query.directions}),
+        "metadata that is no JSON": save({"directions": query.directions}, {"sgc_market": "{"}),
+        "metadata nested deep": save({"directions": query.directions}, {"sgc_market": "[" * 100_000}),
+        "another tensor": file({"directions": query.directions, "more": torch.zeros(1)}),
+        "float64": file({"directions": query.directions.double()}),
+        "a vector": file({"directions": query.directions[:, 0].contiguous()}),
+        "no columns": file({"directions": query.directions[:, :0].contiguous()}),
+        "another dimension": file({"directions": query.directions[:31].contiguous()}),
+        "NaN": file({"directions": query.directions * float("nan")}),
+        "long columns": file({"directions": query.directions * 3}),
+        "an encoder that paints the terminal": file(encoder=q.asdict(ENCODER) | {"name": "\x1b]0;x\x07"}),
+        "an encoder of no digest": file(encoder=q.asdict(ENCODER) | {"digest": "../../etc/passwd"}),
+        "a huge dimension": file(encoder=q.asdict(ENCODER) | {"dimension": 10**30}),
+        "an encoder that is a list": file(encoder=[]),
+    }
+
+
+def test_hostile_queries_are_refused_with_a_sentence(pair, tmp_path) -> None:
+    for name, content in hostile_queries(pair).items():
+        path = tmp_path / "q"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"\w+ .*\w") as caught:
+            q.BuyerQuery.load(path)
+        assert str(caught.value).isprintable(), name
+        assert len(str(caught.value)) < 400, name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": 1},
+        {"rows": 1e3}, {"rows": True}, {"rows": 10**400}, {"rows": "300"}, {"energy": -1.0},
+        {"energy": None},
+        {"mean": []}, {"mean": [1.0]}, {"mean": ["1"] * 11}, {"mean": [[1.0]] * 11}, {"mean": [1e200] * 11},
+        {"second": [[0.0] * 11]}, {"second": [[float(i) for i in range(11)]] * 11}, {"second": "x" * 100},
+        {"variance_se": [-1.0] * 11}, {"seller": "\x1b[31m"}, {"seller": "x" * 65}, {"seller": ""}, {"query": "zz"},
+        {"version": 2}, {"kind": "query"}, {"epsilon": "1"}, {"more": 1},
+    ],
+    ids=lambda change: str(change)[:40],
+)  # fmt: skip
+def test_hostile_responses_are_refused_with_a_sentence(pair, change: dict) -> None:
+    record = json.loads(response_of(pair).to_json()) | change
+    with pytest.raises(ValueError, match=r"\w+ .*\w") as caught:
+        q.SellerResponse.from_json(json.dumps(record))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"a": 1, "a": 2}', "[" * 100_000, '{"energy": NaN}', '{"energy": 1e999}', b"\xff\xfe\x00"]
+)
+def test_responses_that_are_no_json_object_are_refused(text) -> None:
+    with pytest.raises(ValueError, match=r"\w+ .*\w"):
+        q.SellerResponse.from_json(text)
+
+
+def test_numbers_beyond_any_float_are_refused(pair) -> None:
+    text = response_of(pair).to_json().replace('"energy": ', '"energy": 1e999, "was": ')
+    with pytest.raises(ValueError, match="exactly the fields"):
+        q.SellerResponse.from_json(text)
+    record = json.loads(response_of(pair).to_json())
+    for text in ("1e999", "NaN", "-Infinity"):
+        changed = json.dumps(record | {"energy": "HERE"}).replace('"HERE"', text)
+        with pytest.raises(ValueError, match="number"):
+            q.SellerResponse.from_json(changed)
+
+
+def test_a_file_is_judged_by_size_before_it_is_read(tmp_path) -> None:
+    path = tmp_path / "big"
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)  # sparse
+    for cls in (q.BuyerQuery, q.SellerResponse):
+        with pytest.raises(ValueError, match="at most"):
+            cls.load(path)
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "nowhere", "."):
+        with pytest.raises(ValueError, match="is no file"):
+            q.SellerResponse.load(tmp_path / name)
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_do_more_than_raise_a_sentence(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"\w+ .*\w"):
+        q.SellerResponse.from_json(data)
+
+
+@given(st.data())
+def test_a_query_with_bytes_changed_loads_as_a_query_or_not_at_all(data) -> None:
+    import tempfile
+
+    query = q.make_query(rows(100, 0), ENCODER, directions=3, decoys=2, seed=1)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        query.save(f"{folder}/q")
+        with open(f"{folder}/q", "r+b") as file:
+            content = bytearray(file.read())
+            for _ in range(data.draw(st.integers(1, 4))):
+                content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+            file.seek(0)
+            file.write(content)
+        try:
+            loaded = q.BuyerQuery.load(f"{folder}/q")
+        except ValueError:
+            return
+        gram = loaded.directions.T @ loaded.directions
+        assert (gram - torch.eye(6)).abs().max() <= q.ORTHONORMAL
+
+
+def test_more_rows_than_dimensions_give_the_same_eigenvectors_by_either_way() -> None:
+    x = rows(200, 0).double()
+    x = x - x.mean(0)
+    vectors, values = q.leading_eigenvectors(x, 4)
+    few, few_values = q.leading_eigenvectors(x[:100], 4)
+    direct = torch.linalg.svd(x, full_matrices=False)
+    torch.testing.assert_close(values, direct.S[:4].square() / 200)
+    torch.testing.assert_close((vectors.T @ direct.Vh[:4].T).abs(), torch.eye(4).double(), atol=1e-8, rtol=0)
+    assert few.shape == (32, 4)
+    assert len(few_values) == 4
