@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sgc import memory, moments
 from sgc.arguments import check_group, check_param
 from sgc.codec.layout import Layout
 from sgc.codec.project import Projection, mix
+from sgc.compressed_grad import CompressedGradient, Compressor
+from sgc.ranks import refuse_mismatch
 from sgc.step import (
     PROBED_CHUNKS,
     Update,
@@ -24,8 +26,11 @@ from sgc.step import (
     apply_sparse,
     compressed_update,
     lowrank_update,
+    sketched_update,
 )
 
+PENDING = "pending"  # in a checkpoint, beside the state of a tensor: its compressed gradient
+TUNABLE = ("betas", "eps", "weight_decay", "recovered", "recovery", "scale", "refresh_every", "maximize")
 PROBE_EVERY = 10  # steps from one look at the recovery to the next
 CONFIGURATION = ("chunk_size", "sketch_size", "sparsity", "moments", "rank", "min_size", "state_dtype", "seed")
 _logger = logging.getLogger("sgc")
@@ -74,6 +79,8 @@ class SGC(torch.optim.Optimizer):
     Source: Yang et al., arXiv 2502.00311; "residual" and "whitened" are ours.
     """
 
+    check_ranks = True  # whether the first step compares the hyperparameters of all ranks of a process group
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -109,9 +116,13 @@ class SGC(torch.optim.Optimizer):
         self._steps = 0
         self._grad_norm = math.nan
         self._skipped = 0
+        self._compared = False
+        self._compressor: Compressor | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        compressor = getattr(self, "_compressor", None)  # torch's load_state_dict comes here too
         self._start()
+        self._compressor = compressor
         super().__setstate__(state)
 
     @classmethod
@@ -165,6 +176,37 @@ class SGC(torch.optim.Optimizer):
             check_param(param, number, group)
         super().add_param_group(group)
 
+    def attach(self, model: nn.Module) -> SGC:
+        """Compress every gradient as soon as backward has made it, so that they never pile up.
+
+        From the next backward on, `param.grad` of every parameter with a sketch is a `CompressedGradient`: its sketch.
+        Accumulation, clipping, GradScaler and `zero_grad` work on it as on any gradient, and `step` remains the only
+        place where weights move. Under DistributedDataParallel, which must wrap the model afterwards, ranks sum
+        sketches instead of gradients.
+
+        Args:
+            model: whose parameters the optimizer trains.
+
+        Returns:
+            The optimizer itself.
+
+        Raises:
+            ValueError: no parameter has a sketch, or `rank` is set, or a parameter is not the model's.
+            TypeError: a sharded parameter.
+            RuntimeError: the model is wrapped in DistributedDataParallel already.
+
+        Source: ours.
+        """
+        self.detach()
+        self._compressor = Compressor(self, model)
+        return self
+
+    def detach(self) -> None:
+        """Undo `attach`: gradients are whole from the next backward on."""
+        if self._compressor is not None:
+            self._compressor.remove()
+            self._compressor = None
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one update of every parameter that has a gradient.
@@ -182,6 +224,9 @@ class SGC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._compare_ranks()
+        if self._compressor is not None:
+            self._compressor.collect()
         ready = [(number, p, p.grad, group) for number, p, group in self._numbered() if p.grad is not None]
         for number, _, gradient, _ in ready:
             if gradient.layout is not torch.strided:
@@ -193,12 +238,18 @@ class SGC(torch.optim.Optimizer):
         self._probes = [] if self._probing else self._probes
         norms = _norms([gradient for _, _, gradient, _ in ready])
         for (number, param, gradient, group), norm in zip(ready, norms, strict=True):
-            if math.isfinite(norm):
-                self._update(number, param, gradient, group, moves=norm > 0)
-            else:
+            if not math.isfinite(norm):
                 self._skipped += 1
-        self._grad_norm = math.hypot(*norms)
+            elif norm >= 0:
+                self._update(number, param, gradient, group, moves=norm > 0)
+        self._grad_norm = math.hypot(*(norm for norm in norms if not norm < 0))
         return loss
+
+    def _compare_ranks(self) -> None:
+        """Refuse, once, to train one model with ranks of several opinions."""
+        if self.check_ranks and not self._compared:
+            self._compared = True
+            refuse_mismatch(self.param_groups, (*CONFIGURATION, *TUNABLE))
 
     def _numbered(self) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
         pairs = ((param, group) for group in self.param_groups for param in group["params"])
@@ -212,9 +263,7 @@ class SGC(torch.optim.Optimizer):
 
     def _update(self, number: int, param: Tensor, gradient: Tensor, group: dict[str, Any], moves: bool) -> None:
         """Update one tensor; without `moves`, only decay it."""
-        state, layout = self.state[param], memory.tensor_layout(param.shape, group)
-        if not state:
-            self._make_state(param, group)
+        state, layout = self._state_of(param, group), memory.tensor_layout(param.shape, group)
         lr = float(group["lr"])
         decay = lr * group["weight_decay"]
         signed_lr = -lr if group["maximize"] else lr
@@ -235,6 +284,12 @@ class SGC(torch.optim.Optimizer):
                 dense, sparse = lowrank_update(gradient, state, layout, projection, group, generator)
                 apply_dense(weight, dense, scaled, decay, rounding)
                 self._probe(param, layout, projection, group, sparse)
+            elif isinstance(gradient, CompressedGradient):
+                assert projection is not None  # compressed gradients have a sketch
+                p, q = gradient.advance(state, group)
+                sparse = sketched_update(p, q, state, layout, projection, group, generator)
+                apply_sparse(weight, layout, sparse, scaled, decay, rounding)
+                self._probe(param, layout, projection, group, sparse)
             elif group["recovered"] is None:
                 apply_memoryless(weight, gradient, state, layout, group, scaled, decay, rounding)
             else:
@@ -244,10 +299,20 @@ class SGC(torch.optim.Optimizer):
         if weight is not param:
             param.copy_(weight)
 
-    def _make_state(self, param: Tensor, group: dict[str, Any]) -> None:
-        for name, (shape, dtype) in memory.state_schema(param.shape, group).items():
-            device = "cpu" if name == "step" else param.device
-            self.state[param][name] = torch.zeros(shape, dtype=dtype, device=device)
+    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        state = self.state[param]
+        if not state:
+            for name, (shape, dtype) in memory.state_schema(param.shape, group).items():
+                device = "cpu" if name == "step" else param.device
+                state[name] = torch.zeros(shape, dtype=dtype, device=device)
+        return state
+
+    def _group_of(self, number: int) -> dict[str, Any]:
+        for group in self.param_groups:
+            if number < len(group["params"]):
+                return group
+            number -= len(group["params"])
+        raise IndexError(number)
 
     def _generator(self, number: int, param: Tensor, group: dict[str, Any]) -> torch.Generator | None:
         """Seed the stochastic rounding of one tensor's update, so that a resumed run draws the same."""
@@ -311,14 +376,15 @@ class SGC(torch.optim.Optimizer):
         }
 
     def state_bytes(self) -> int:
-        """Count the bytes really held: every state tensor, A, and the supports kept for `stats`."""
+        """Count the bytes really held: every state tensor, A, compressed gradients, and what is kept for `stats`."""
         state = (value for held in self.state.values() for value in held.values() if isinstance(value, Tensor))
         tensors = [*state, *self._supports.values(), *self._probes]
-        return sum(t.numel() * t.element_size() for t in tensors) + sum(p.bytes() for p in self._projections.values())
+        held = sum(t.numel() * t.element_size() for t in tensors) + sum(p.bytes() for p in self._projections.values())
+        return held + (0 if self._compressor is None else self._compressor.bytes())
 
     def expected_state_bytes(self) -> int:
-        """Predict the bytes of state and A when every parameter has been updated."""
-        total = 0
+        """Predict the bytes of state, A and compressed gradients when every parameter has been updated."""
+        total = 0 if self._compressor is None else self._compressor.most_bytes()
         shared: dict[tuple[int, int], int] = {}
         for group in self.param_groups:
             shapes = [param.shape for param in group["params"]]
@@ -336,6 +402,18 @@ class SGC(torch.optim.Optimizer):
                 total += min(layout.chunks, PROBED_CHUNKS) * min(group["recovered"], layout.chunk) * 8 + 12
         return total
 
+    def state_dict(self) -> dict[str, Any]:
+        """Give the state; in the middle of an accumulation, with this rank's compressed gradients."""
+        state_dict = super().state_dict()
+        pending = {} if self._compressor is None else self._compressor.pending()
+        if pending:
+            numbers = state_dict["state"].keys() | pending.keys()
+            state = {number: dict(state_dict["state"].get(number, {})) for number in sorted(numbers)}
+            for number, gradient in pending.items():
+                state[number][PENDING] = gradient
+            state_dict["state"] = state
+        return state_dict
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint; dtypes are kept as saved.
 
@@ -343,6 +421,14 @@ class SGC(torch.optim.Optimizer):
             ValueError: the checkpoint is of another configuration, or holds a tensor of another shape; nothing has been
                 overwritten then.
         """
+        pending = {number: held[PENDING] for number, held in state_dict["state"].items() if PENDING in held}
+        if pending and self._compressor is None:
+            raise ValueError(
+                "the checkpoint was written in the middle of an accumulation and holds compressed gradients: call "
+                "optimizer.attach(model) before it is loaded"
+            )
+        without = {n: {k: v for k, v in held.items() if k != PENDING} for n, held in state_dict["state"].items()}
+        state_dict = {**state_dict, "state": without}
         self._check_loadable(state_dict)
         super().load_state_dict(state_dict)
         # torch has cast every tensor of the state to the parameter's dtype: take the saved ones instead
@@ -351,6 +437,8 @@ class SGC(torch.optim.Optimizer):
                 if isinstance(value, Tensor):
                     device = "cpu" if name == "step" else param.device
                     self.state[param][name] = value.detach().to(device=device, copy=True)
+        if self._compressor is not None:
+            self._compressor.restore(pending)
 
     def _check_loadable(self, state_dict: dict[str, Any]) -> None:
         saved_groups = state_dict["param_groups"]
@@ -392,9 +480,15 @@ def _overlap(index: Tensor, last: Tensor) -> Tensor:
 
 
 def _norms(gradients: list[Tensor]) -> list[float]:
-    """Give the norm of every gradient in one synchronization; one that is not finite, or overflows, is inf or nan."""
+    """Give the norm of every gradient in one synchronization: inf or nan where it is not finite, −1 where none came."""
     if not gradients:
         return []
-    singles = (gradient.float() if gradient.dtype is torch.float64 else gradient for gradient in gradients)
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in singles]
+    norms = [_norm(gradient) for gradient in gradients]
     return torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    if isinstance(gradient, CompressedGradient):
+        return gradient.step_norm()
+    single = gradient.float() if gradient.dtype is torch.float64 else gradient
+    return torch.linalg.vector_norm(single, dtype=torch.float32)

@@ -1,0 +1,606 @@
+"""Compressed gradients: every gradient is sketched as soon as backward has made it, and freed. (ours)
+
+`param.grad` of an attached parameter becomes a `CompressedGradient`: a tensor of the right shape, dtype and device that
+holds a sketch. Its norm is the gradient's; it can be added to, scaled, unscaled and zeroed. So accumulation, clipping,
+loss scaling and `zero_grad` work as they are, whoever calls them, and `step` remains the only place where weights move.
+
+Let gᵢ be what a micro-batch on a rank added, W the ranks, and c the factor that clipping and unscaling have put on the
+sum, so the gradient is g = (c/W)·Σgᵢ. Held are Σpᵢ, with pᵢ = A·top_s(gᵢ / √v̂ᵢ) and v̂ᵢ made of R, C and the mean of
+gᵢ² so far; Σ‖gᵢ‖²; Σ‖pᵢ‖²; and the sums of the row and column means of gᵢ². The second moment needs (Σgᵢ)², which is
+larger than Σgᵢ² by up to their number N where the gᵢ agree; ‖Σpᵢ‖²/Σ‖pᵢ‖² of each tensor estimates by how much.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sgc import memory, moments
+from sgc.codec.layout import Layout
+from sgc.step import encode, mean_squares, whiten_by
+
+if TYPE_CHECKING:
+    from sgc.optimizer import SGC
+
+BUCKET_ENTRIES = 1 << 22  # fp32 numbers that ranks sum in one message (16 MiB)
+aten = torch.ops.aten
+
+
+class Sums(NamedTuple):
+    """Views of one tensor's part of a buffer, each a sum over micro-batches (after `finish`, over ranks too)."""
+
+    p: Tensor  # (c, k) sketches
+    q: Tensor | None  # (c, k) sketches of squares, for "sketched"
+    row: Tensor  # (rows,) row means of gᵢ²; empty for rules without
+    col: Tensor  # (cols,)
+    norm_sq: Tensor  # () ‖gᵢ‖²
+    sketch_sq: Tensor  # () ‖pᵢ‖²
+    number: Tensor  # () gradients added
+
+
+class Buffer:
+    """The sums of a bucket. Gradients hold it, so it is freed when the last of them is dropped."""
+
+    def __init__(self, entries: int, device: torch.device) -> None:
+        self.flat = torch.zeros(entries, dtype=torch.float32, device=device)
+        self.earlier: Tensor | None = None  # reduced already when more was added
+        self.work: Any = None  # the all-reduce under way
+        self.reduced = False
+
+    def wait(self) -> None:
+        """Wait for the all-reduce under way."""
+        if self.work is not None:
+            self.work.wait()
+            self.work, self.reduced = None, True
+            if self.earlier is not None:
+                self.flat += self.earlier
+                self.earlier = None
+
+    def reopen(self) -> None:
+        """Take further gradients after an all-reduce: what is summed over ranks is kept apart."""
+        self.wait()
+        if self.reduced:
+            self.earlier, self.flat, self.reduced = self.flat, torch.zeros_like(self.flat), False
+
+
+class Slot:
+    """One attached parameter: its chunks, and where its sums lie in the buffer of its bucket."""
+
+    def __init__(self, number: int, param: Tensor, layout: Layout, rule: str, sketch_size: int) -> None:
+        self.number, self.param, self.layout = number, param, layout
+        sketch = (layout.chunks, min(sketch_size, layout.chunk))
+        factored = rule in moments.FACTORED
+        self.shapes: list[tuple[int, ...]] = [
+            sketch,
+            sketch if rule == "sketched" else (0,),
+            (layout.rows if factored else 0,),
+            (layout.cols if factored else 0,),
+            (3,),
+        ]
+        self.entries = sum(map(math.prod, self.shapes))
+        self.bucket = Bucket([self])
+        self.start = 0
+
+    def part(self, flat: Tensor) -> Tensor:
+        """Give this tensor's part of a bucket's flat numbers."""
+        return flat[self.start : self.start + self.entries]
+
+    def sums(self, flat: Tensor) -> Sums:
+        """View this tensor's part of a bucket's flat numbers."""
+        pieces = self.part(flat).split([math.prod(shape) for shape in self.shapes])
+        p, q, row, col, scalars = (piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True))
+        return Sums(p, q if q.numel() else None, row, col, *scalars.unbind())
+
+    def clear(self, buffer: Buffer) -> None:
+        """Take this tensor's sums out of a buffer."""
+        for flat in (buffer.flat, buffer.earlier):
+            if flat is not None:
+                self.part(flat).zero_()
+
+    @property
+    def held(self) -> CompressedGradient | None:
+        """The gradient, if it is compressed."""
+        gradient = self.param.grad
+        return gradient if isinstance(gradient, CompressedGradient) else None
+
+
+class Bucket:
+    """Slots that share a buffer, so that ranks sum them in one message."""
+
+    def __init__(self, slots: list[Slot]) -> None:
+        self.slots = slots
+        self.waiting: set[int] = set()  # numbers of the slots that the backward under way has not reached
+        self.sent = False
+        self._buffer: Callable[[], Buffer | None] = lambda: None
+        start = 0
+        for slot in slots:
+            slot.bucket, slot.start, start = self, start, start + slot.entries
+        self.entries = start
+
+    def buffer(self) -> Buffer | None:
+        """Give the buffer, if a gradient holds one."""
+        return self._buffer()
+
+    def make(self) -> Buffer:
+        """Give the buffer, a new one if no gradient holds one."""
+        buffer = self._buffer()
+        if buffer is None:
+            buffer = Buffer(self.entries, self.slots[0].param.device)
+            self._buffer = weakref.ref(buffer)
+        return buffer
+
+    def open(self) -> Buffer:
+        """Give the buffer, ready to take gradients."""
+        buffer = self.make()
+        buffer.reopen()
+        return buffer
+
+
+class CompressedGradient(Tensor):
+    """A gradient of which the sketch is held: what `param.grad` of an attached parameter is.
+
+    Defined are its 2-norm, adding a gradient, scaling in place (as clipping and `GradScaler` do) and zeroing; all else
+    would need the gradient itself, and raises RuntimeError. (ours)
+    """
+
+    @staticmethod
+    def __new__(cls, compressor: Compressor, slot: Slot, buffer: Buffer) -> CompressedGradient:  # noqa: D102
+        param = slot.param
+        return torch.Tensor._make_wrapper_subclass(cls, param.shape, dtype=param.dtype, device=param.device)
+
+    def __init__(self, compressor: Compressor, slot: Slot, buffer: Buffer) -> None:
+        self.compressor, self.slot, self.buffer = compressor, slot, buffer
+        self.prescale = compressor.inverse_loss_scale  # gradients are multiplied by it before they are added
+        self.scale = torch.ones((), dtype=torch.float32, device=slot.param.device)  # c
+        if self.prescale is not None:
+            self.scale = self.scale / self.prescale
+        self.scaled = False  # somebody has clipped or unscaled it
+        self.spent = False  # a step has used it
+        self.zeroed = False  # it is a gradient of zeros, not one that never came
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"CompressedGradient(shape={tuple(self.shape)}, sketch={self.slot.shapes[0]})"
+
+    def sums(self) -> Sums:
+        """View what is held."""
+        return self.slot.sums(self.buffer.flat)
+
+    def true_norm(self) -> Tensor:
+        """Give ‖g‖₂, fp32: exact for one micro-batch on one rank, else estimated from the sketches."""
+        self.compressor.finish()
+        sums = self.sums()
+        return self.scale / self.compressor.world_size * (agreement(sums) * sums.norm_sq).sqrt()
+
+    def step_norm(self) -> Tensor:
+        """Give ‖g‖₂, or −1 where no rank had a gradient."""
+        norm = self.true_norm()
+        return norm if self.zeroed else torch.where(self.sums().number > 0, norm, -1.0)
+
+    def advance(self, state: dict[str, Any], group: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Move R and C by the gradient, and give its sketch p (c, k) and, for "sketched", that of its square.
+
+        Args:
+            state: of its tensor, with "step" already counting this update.
+            group: the hyperparameters.
+        """
+        sums, beta2 = self.sums(), group["betas"][1]
+        factor = self.scale / self.compressor.world_size
+        square = agreement(sums) * factor.square()
+        if group["moments"] in moments.FACTORED:
+            row, col = sums.row * square, sums.col * square
+            before, used, new = beta2 * state["col"].mean(), (sums.col / sums.number).mean(), col.mean()
+            tiny = torch.finfo(torch.float32).tiny
+            whitened_by, v = before + (1 - beta2) * used, before + (1 - beta2) * new  # means of v̂, up to a factor
+            factor = factor * (whitened_by.clamp(min=tiny) / v.clamp(min=tiny)).sqrt()
+            moments.factor(state["row"], state["col"], row, col, beta2, int(state["step"]))
+        self.spent = True
+        return sums.p * factor, None if sums.q is None else sums.q * square
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        handler = _HANDLERS.get(func)
+        if handler is None:
+            raise RuntimeError(
+                f"{func} needs the gradient itself, and of a compressed gradient only a sketch is held: its norm, "
+                "adding, scaling and zeroing are defined; without optimizer.attach(model) gradients are whole"
+            )
+        return handler(func, *args, **(kwargs or {}))
+
+
+def agreement(sums: Sums) -> Tensor:
+    """Estimate (Σgᵢ)² / Σgᵢ², between 1/N and N, by ‖Σpᵢ‖² / Σ‖pᵢ‖²; 1 for a single gradient."""
+    share = sums.p.square().sum() / sums.sketch_sq.clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(sums.number > 1, torch.minimum(share, sums.number), 1.0)
+
+
+# ---- what loops, clippers and scalers do with gradients --------------------------------------------------------------
+
+
+def _norm(_: Any, gradient: CompressedGradient, order: float = 2, dim: Any = None, *rest: Any, **kwargs: Any) -> Tensor:
+    if order != 2 or dim is not None:
+        raise RuntimeError(f"of a compressed gradient only the 2-norm is known, got order {order}")
+    return gradient.true_norm()
+
+
+def _scale(_: Any, gradient: CompressedGradient, factor: Any) -> CompressedGradient:
+    gradient.compressor.finish()
+    gradient.scale, gradient.scaled = gradient.scale * factor, True
+    return gradient
+
+
+def _divide(_: Any, gradient: CompressedGradient, divisor: Any) -> CompressedGradient:
+    return _scale(_, gradient, 1 / divisor)
+
+
+def _zero(_: Any, gradient: CompressedGradient) -> CompressedGradient:
+    gradient.buffer.wait()
+    gradient.slot.clear(gradient.buffer)
+    gradient.__init__(gradient.compressor, gradient.slot, gradient.buffer)  # type: ignore[misc]
+    gradient.zeroed = True
+    return gradient
+
+
+def _add(_: Any, gradient: CompressedGradient, other: Tensor, *, alpha: float = 1) -> CompressedGradient:
+    if isinstance(other, CompressedGradient) or not isinstance(gradient, CompressedGradient) or alpha != 1:
+        raise RuntimeError("to a compressed gradient a whole gradient of the same parameter can be added, nothing else")
+    gradient.compressor.add(gradient.slot, other)
+    return gradient
+
+
+def _itself(_: Any, gradient: CompressedGradient, *args: Any, **kwargs: Any) -> CompressedGradient:
+    return gradient
+
+
+def _each(func: Any, gradients: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+    """Do a foreach operator one by one, since the list mixes whole and compressed gradients."""
+    one = _FOREACH[func]
+    return [one(gradient, *args, **kwargs) for gradient in gradients]
+
+
+def _each_by(func: Any, gradients: Sequence[Tensor], others: Sequence[Any]) -> Any:
+    return [_FOREACH[func](gradient, other) for gradient, other in zip(gradients, others, strict=True)]
+
+
+def _unscale(func: Any, gradients: Sequence[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
+    """GradScaler: note non-finite gradients, and divide by the loss scale."""
+    whole = [gradient for gradient in gradients if not isinstance(gradient, CompressedGradient)]
+    if whole:
+        func(whole, found_inf, inv_scale)
+    for gradient in gradients:
+        if isinstance(gradient, CompressedGradient):
+            norm_sq = gradient.true_norm().square()
+            found_inf.copy_(torch.maximum(found_inf, (~norm_sq.isfinite()).to(found_inf)))
+            _scale(func, gradient, inv_scale.squeeze())
+            gradient.compressor.inverse_loss_scale = inv_scale.detach().clone().squeeze()
+
+
+_FOREACH = {
+    aten._foreach_norm.Scalar: torch.linalg.vector_norm,
+    aten._foreach_mul_.Scalar: Tensor.mul_,
+    aten._foreach_mul_.Tensor: Tensor.mul_,
+    aten._foreach_mul_.ScalarList: Tensor.mul_,
+    aten._foreach_div_.Scalar: Tensor.div_,
+    aten._foreach_div_.Tensor: Tensor.div_,
+    aten._foreach_zero_.default: Tensor.zero_,
+}
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    aten.linalg_vector_norm.default: _norm,
+    aten.mul_.Tensor: _scale,
+    aten.mul_.Scalar: _scale,
+    aten.div_.Tensor: _divide,
+    aten.div_.Scalar: _divide,
+    aten.zero_.default: _zero,
+    aten.add_.Tensor: _add,
+    aten.add.Tensor: _add,
+    aten.detach.default: _itself,
+    aten.detach_.default: _itself,
+    aten._amp_foreach_non_finite_check_and_unscale_.default: _unscale,
+    **dict.fromkeys(_FOREACH, _each),
+    aten._foreach_mul_.ScalarList: _each_by,
+}
+
+
+# ---- hooks -----------------------------------------------------------------------------------------------------------
+
+
+class Compressor:
+    """The hooks of one optimizer on one model, and the sums over micro-batches and ranks."""
+
+    def __init__(self, optimizer: SGC, model: nn.Module) -> None:
+        _check_model(optimizer, model)
+        self._optimizer = weakref.ref(optimizer)
+        self.slots = {slot.param: slot for slot in _slots(optimizer)}
+        if not self.slots:
+            raise ValueError(
+                "compressed gradients need a sketch to be held in, and no parameter has one: set sketch_size, for "
+                "example SGC(params, lr, sketch_size=32)"
+            )
+        self.world_size = 1
+        self.reduced_bytes = 0  # sent by this rank since the last step
+        self.inverse_loss_scale: Tensor | None = None  # as GradScaler last had it: R and C are of gradients without it
+        self._group: Any = None
+        self._sending: list[Buffer] = []
+        self._last = False  # whether ranks sum after the backward under way
+        self._unsummed = False
+        self._callback_queued = False
+        self._order: list[Bucket] = []
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self._leave_to_ddp_what_it_needs(model)
+        self._handles = [param.register_post_accumulate_grad_hook(self._hook()) for param in self.slots]
+        if self._order:
+            self._handles.append(model.register_forward_pre_hook(self._forward_hook()))
+
+    def remove(self) -> None:
+        """Take the hooks off; gradients are whole from the next backward on."""
+        for handle in self._handles:
+            handle.remove()
+
+    def bytes(self) -> int:
+        """Bytes of the sums held now."""
+        buffers = {id(buffer): buffer for slot in self.slots.values() if (buffer := slot.bucket.buffer())}
+        flats = [flat for buffer in buffers.values() for flat in (buffer.flat, buffer.earlier) if flat is not None]
+        return sum(flat.numel() * flat.element_size() for flat in flats)
+
+    def most_bytes(self) -> int:
+        """Bytes of the sums when every parameter has a gradient."""
+        return 4 * sum(slot.entries for slot in self.slots.values())
+
+    def _hook(self) -> Callable[[Tensor], None]:
+        compressor = weakref.ref(self)  # hooks must not keep a dropped optimizer alive
+
+        def compress(param: Tensor) -> None:
+            owner = compressor()
+            if owner is not None and not isinstance(param.grad, CompressedGradient):
+                gradient, param.grad = param.grad, None
+                if gradient is not None:
+                    owner.add(owner.slots[param], gradient)
+
+        return compress
+
+    def _forward_hook(self) -> Callable[[nn.Module, Any], None]:
+        compressor = weakref.ref(self)
+
+        @torch.compiler.disable
+        def before_forward(module: nn.Module, args: Any) -> None:
+            owner = compressor()
+            if owner is not None:
+                owner._before_forward()
+
+        return before_forward
+
+    # -- adding
+
+    @torch.no_grad()
+    def add(self, slot: Slot, gradient: Tensor) -> None:
+        """Add a gradient of one parameter to what `param.grad` holds of it."""
+        if gradient.layout is not torch.strided:
+            name = self._owner()._parameter_name(slot.number)
+            raise TypeError(f"SGC needs dense gradients, {name} has one in layout {gradient.layout}")
+        buffer, held = slot.bucket.open(), slot.held
+        if held is None:
+            slot.clear(buffer)  # a dropped gradient may have left something
+            held = slot.param.grad = CompressedGradient(self, slot, buffer)
+        elif held.scaled:
+            self._fold(held)
+        self._encode(slot, gradient, held)
+        held.spent = held.zeroed = False
+        self._unsummed, slot.bucket.sent = True, False
+        if self._last:
+            self._after_last(slot)
+
+    def _fold(self, held: CompressedGradient) -> None:
+        """Put the factor of a clipped or unscaled sum into it, before more is added."""
+        for flat in (held.buffer.flat, held.buffer.earlier):
+            if flat is not None:
+                sums = held.slot.sums(flat)
+                sums.p.mul_(held.scale)
+                for squared in (sums.q, sums.row, sums.col, sums.norm_sq, sums.sketch_sq):
+                    if squared is not None:
+                        squared.mul_(held.scale.square())
+        held.scale, held.prescale, held.scaled = torch.ones_like(held.scale), None, False
+
+    def _encode(self, slot: Slot, gradient: Tensor, held: CompressedGradient) -> None:
+        optimizer, param, layout, sums = self._owner(), slot.param, slot.layout, held.sums()
+        group = optimizer._group_of(slot.number)
+        projection = optimizer._projection(group)
+        assert projection is not None  # attached tensors have a sketch
+        if held.prescale is not None:
+            gradient = gradient.float() * held.prescale
+        single = gradient.float() if gradient.dtype is torch.float64 else gradient
+        sums.norm_sq.add_(torch.linalg.vector_norm(single, dtype=torch.float32).square())
+        sums.number.add_(1)
+        grid, whitening = layout.grid(gradient), None
+        if group["moments"] in moments.FACTORED:
+            state = optimizer._state_of(param, group)
+            for total, mean in zip((sums.row, sums.col), mean_squares(grid, layout), strict=True):
+                total.add_(mean)
+            moved = {name: state[name].clone() for name in ("row", "col")}
+            t = int(state["step"]) + 1
+            whitening = whiten_by(moved, sums.row / sums.number, sums.col / sums.number, group["betas"][1], t)
+        p, q = encode(grid, layout, whitening, projection, group)
+        sums.sketch_sq.add_(p.square().sum())
+        sums.p.add_(p)
+        if sums.q is not None and q is not None:
+            sums.q.add_(q)
+
+    # -- using
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Make every gradient ready for a step: compressed, also where somebody has set a whole one, and summed."""
+        for param, slot in self.slots.items():
+            if param.grad is not None and slot.held is None:
+                gradient, param.grad = param.grad, None
+                self.add(slot, gradient)
+        self.finish()
+
+    # -- checkpoints in the middle of an accumulation
+
+    def pending(self) -> dict[int, Tensor]:
+        """Give what is held of the gradients that no step has used yet, by parameter number."""
+        self.finish()
+        held = {slot.number: slot.held for slot in self.slots.values()}
+        return {
+            number: torch.cat([gradient.slot.part(gradient.buffer.flat), gradient.scale.reshape(1)])
+            for number, gradient in held.items()
+            if gradient is not None and not gradient.spent
+        }
+
+    @torch.no_grad()
+    def restore(self, pending: dict[int, Tensor]) -> None:
+        """Put the gradients of a checkpoint back."""
+        for slot in self.slots.values():
+            slot.param.grad = None
+            if slot.number in pending:
+                saved = pending[slot.number].to(slot.param.device)
+                buffer = slot.bucket.open()
+                slot.part(buffer.flat).copy_(saved[:-1])
+                held = CompressedGradient(self, slot, buffer)
+                held.scale = saved[-1].clone()
+                slot.param.grad = held
+
+    # -- ranks
+
+    def _leave_to_ddp_what_it_needs(self, model: nn.Module) -> None:
+        """Tell DistributedDataParallel, which will wrap the model, which parameters to ignore."""
+        trained = {param for param in model.parameters() if param.requires_grad}
+        if trained <= self.slots.keys():  # it refuses to have nothing to do
+            del self.slots[min(self.slots, key=lambda param: param.numel())]
+        names = [name for name, param in model.named_parameters(remove_duplicate=False) if param in self.slots]
+        names += [f"_orig_mod.{name}" for name in names]  # a compiled module's names
+        ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names}
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+        self._order = _buckets(list(self.slots.values()))
+
+    def _before_forward(self) -> None:
+        """Learn from DistributedDataParallel whether ranks sum after this micro-batch."""
+        ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+        if ddp is None or not torch.is_grad_enabled():
+            return
+        if self._group is None:
+            self._join(ddp)
+        self._last = ddp.require_backward_grad_sync
+        if self._last:
+            self._unsummed = True
+            for bucket in self._order:
+                bucket.waiting, bucket.sent = {slot.number for slot in bucket.slots}, False
+
+    def _join(self, ddp: nn.parallel.DistributedDataParallel) -> None:
+        """Start as DistributedDataParallel does: every rank with the weights of its first."""
+        optimizer = self._owner()
+        synced = {param for name, param in ddp.module.named_parameters() if name not in ddp.parameters_to_ignore}
+        if not synced.isdisjoint(self.slots):
+            raise RuntimeError(
+                "optimizer.attach(model) needs the module that DistributedDataParallel wraps, not a part"
+            )
+        optimizer._compare_ranks()
+        ranks = dist.get_process_group_ranks(ddp.process_group)
+        # a group of its own: messages of DistributedDataParallel may come in another order on another rank
+        self._group = dist.new_group(ranks, use_local_synchronization=True)
+        self.world_size = len(ranks)
+        for param in self.slots:
+            dist.broadcast(param.detach(), ranks[0], group=self._group)
+
+    def _after_last(self, slot: Slot) -> None:
+        """Send what is complete while backward goes on, buckets in the same order on every rank."""
+        slot.bucket.waiting.discard(slot.number)
+        if not self._callback_queued:
+            self._callback_queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
+        for bucket in self._order:
+            if bucket.waiting:
+                break
+            self._send(bucket)
+
+    def _after_backward(self) -> None:
+        """Give every rank the same set of gradients, as their norm is taken over that set."""
+        self._callback_queued = False
+        for param, slot in self.slots.items():
+            if param.grad is None:
+                param.grad = CompressedGradient(self, slot, slot.bucket.make())
+
+    def _send(self, bucket: Bucket) -> None:
+        """Start to sum a bucket over the ranks."""
+        if bucket.sent:
+            return
+        bucket.sent, buffer = True, bucket.open()
+        for slot in bucket.slots:
+            if slot.held is None:
+                slot.clear(buffer)
+        self.reduced_bytes += buffer.flat.numel() * buffer.flat.element_size()
+        buffer.work = dist.all_reduce(buffer.flat, group=self._group, async_op=True)
+        self._sending.append(buffer)  # until it is there; gradients may not hold it yet
+
+    def finish(self) -> None:
+        """Sum over the ranks what is not summed yet."""
+        if self._group is None or not self._unsummed:
+            return
+        self._unsummed = False
+        for bucket in self._order:
+            self._send(bucket)
+        for buffer in self._sending:
+            buffer.wait()
+        self._sending = []
+
+    def _owner(self) -> SGC:
+        optimizer = self._optimizer()
+        assert optimizer is not None  # whoever calls holds it
+        return optimizer
+
+
+def _check_model(optimizer: SGC, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"optimizer.attach needs the model, a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise RuntimeError(
+            "call optimizer.attach(model) before the model is wrapped in DistributedDataParallel, which has to be told "
+            "which gradients to leave alone"
+        )
+    parameters = set(model.parameters())
+    for number, param, _ in optimizer._numbered():
+        if param not in parameters:
+            raise ValueError(f"{optimizer._parameter_name(number)} of this optimizer is not a parameter of the model")
+
+
+def _slots(optimizer: SGC) -> list[Slot]:
+    """Make a slot for every parameter whose gradients can be compressed."""
+    slots = []
+    for number, param, group in optimizer._numbered():
+        layout = memory.tensor_layout(param.shape, group)
+        if layout is None or not group["sketch_size"] or not param.requires_grad:
+            continue
+        if memory.has_basis(param.shape, group):
+            raise ValueError(
+                f"compressed gradients need a projection that does not depend on the data, got rank={group['rank']}; "
+                "set rank=None"
+            )
+        if type(param.data) is not Tensor:
+            raise TypeError(
+                f"compressed gradients need whole parameters, {optimizer._parameter_name(number)} is "
+                f"{type(param.data).__name__}: sharded parameters have sharded gradients already"
+            )
+        slots.append(Slot(number, param, layout, group["moments"], group["sketch_size"]))
+    return slots
+
+
+def _buckets(slots: list[Slot]) -> list[Bucket]:
+    """Put the slots into buckets of one device, the last parameters first, as backward reaches them."""
+    buckets: list[list[Slot]] = []
+    for slot in reversed(slots):
+        last = buckets[-1] if buckets else []
+        fits = sum(other.entries for other in last) + slot.entries <= BUCKET_ENTRIES
+        if last and fits and last[0].param.device == slot.param.device:
+            last.append(slot)
+        else:
+            buckets.append([slot])
+    return [Bucket(members) for members in buckets]
