@@ -1,0 +1,481 @@
+"""Rows → vectors: by a Hugging Face encoder, as pixels, as they are, or as sketches of per-example gradients.
+
+An extractor has a fingerprint (`encoder`), which goes into the query and is compared, and `embed(rows)`. `batches`
+feeds it any data set, streaming, with a cache on disk whose names are digests of encoder and content: rows that were
+embedded by this encoder are not embedded again, whatever the data set is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from federated.market.query import Encoder
+from sgc.codec import Codec
+
+SHARD_ROWS = 256  # rows read, embedded and cached together
+TEXT_POOLING, VISION_POOLING = ("mean", "cls", "last"), ("cls", "spatial", "features")
+
+
+class Extractor(Protocol):
+    """What makes vectors of rows."""
+
+    @property
+    def encoder(self) -> Encoder:
+        """The fingerprint, which both sides must share."""
+
+    def embed(self, rows: Sequence[Any]) -> Tensor:
+        """Embed rows: (m, D) fp32."""
+
+
+def batches(
+    extractor: Extractor,
+    dataset: Iterable[Any],
+    *,
+    columns: str | Sequence[str] | None = None,
+    cache: str | Path | None = None,
+    progress: bool = False,
+) -> Iterator[Tensor]:
+    """Embed a data set, 256 rows at a time.
+
+    Args:
+        extractor: makes the vectors.
+        dataset: a `datasets.Dataset` or `IterableDataset`, or any iterable of rows.
+        columns: of rows that are dicts, the one to embed, or for gradients those that the model is to be given; None
+            takes the only column, or all of them for gradients.
+        cache: a folder, or None for none.
+        progress: show a bar on the terminal.
+
+    Yields:
+        (m, D) fp32.
+
+    Raises:
+        ValueError: rows without such a column, or of another kind than the extractor reads.
+    """
+    from tqdm import tqdm
+
+    folder = None if cache is None else Path(cache).expanduser() / extractor.encoder.digest[:32]
+    total = len(dataset) if hasattr(dataset, "__len__") else None
+    with tqdm(total=total, unit=" rows", desc=extractor.encoder.name, disable=None if progress else True) as bar:
+        rows = iter(dataset)
+        while shard := [_pick(row, columns) for row in islice(rows, SHARD_ROWS)]:
+            yield _cached(extractor, shard, folder)
+            bar.update(len(shard))
+
+
+def features(extractor: Extractor, dataset: Iterable[Any], **kwargs: Any) -> Tensor:
+    """Embed a data set that fits into memory: (n, D). Arguments and errors as in `batches`."""
+    parts = list(batches(extractor, dataset, **kwargs))
+    return torch.cat(parts) if parts else torch.empty(0, extractor.encoder.dimension)
+
+
+def _pick(row: Any, columns: str | Sequence[str] | None) -> Any:
+    if not isinstance(row, dict):
+        return row
+    names = list(row) if columns is None else [columns] if isinstance(columns, str) else list(columns)
+    missing = [name for name in names if name not in row]
+    if missing:
+        raise ValueError(f"there is no column {missing[0]!r}, only {', '.join(map(repr, row))}")
+    if columns is None and len(names) > 1 and not {"label", "labels"} & set(names):
+        raise ValueError(f"one column must be chosen among {', '.join(map(repr, names))}")
+    return row[names[0]] if len(names) == 1 else {name: row[name] for name in names}
+
+
+def _cached(extractor: Extractor, rows: list[Any], folder: Path | None) -> Tensor:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    if folder is None:
+        return _checked(extractor, rows)
+    path = folder / f"{_content_digest(rows)}.safetensors"
+    with contextlib.suppress(FileNotFoundError, SafetensorError, KeyError, OSError):  # what is not whole is made anew
+        held = load_file(path)["x"]
+        if held.shape == (len(rows), extractor.encoder.dimension) and bool(torch.isfinite(held).all()):
+            return held
+    x = _checked(extractor, rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file({"x": x.contiguous()}, part)
+    os.replace(part, path)
+    return x
+
+
+def _checked(extractor: Extractor, rows: list[Any]) -> Tensor:
+    x = extractor.embed(rows)
+    if x.shape != (len(rows), extractor.encoder.dimension):
+        raise ValueError(
+            f"{extractor.encoder.name} must give {len(rows)} vectors of {extractor.encoder.dimension}, "
+            f"got {tuple(x.shape)}"
+        )
+    return x.float().cpu()
+
+
+def _content_digest(rows: list[Any]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        for part in _content(row):
+            digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def _content(row: Any) -> Iterator[bytes]:
+    """Give a row's content as bytes, each part with its type, so that different rows never look the same."""
+    if isinstance(row, dict):
+        for key in sorted(row):
+            yield from (b"key", str(key).encode())
+            yield from _content(row[key])
+    elif isinstance(row, str):
+        yield from (b"text", row.encode("utf-8", "surrogatepass"))
+    elif isinstance(row, (int, float)):
+        yield from (b"number", repr(row).encode())
+    elif isinstance(row, Tensor):
+        yield from (f"tensor {row.dtype} {tuple(row.shape)}".encode(), row.contiguous().cpu().numpy().tobytes())
+    elif hasattr(row, "mode") and hasattr(row, "tobytes"):  # PIL
+        yield from (f"image {row.mode} {row.size}".encode(), row.tobytes())
+    elif hasattr(row, "dtype") and hasattr(row, "tobytes"):  # numpy
+        yield from (f"array {row.dtype} {row.shape}".encode(), row.tobytes())
+    elif isinstance(row, (list, tuple)):
+        yield f"list {len(row)}".encode()
+        for value in row:
+            yield from _content(value)
+    else:
+        raise ValueError(f"a row must be text, an image, numbers or a dict of those, got {type(row).__name__}")
+
+
+def _digest(description: dict[str, Any], state: dict[str, Tensor] | None = None) -> str:
+    """SHA-256 of what decides about the numbers: settings, and weights by name, type, shape and bytes."""
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode())
+    for name, weight in sorted((state or {}).items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _unit(x: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x, dim=1)
+
+
+class ArrayFeatures:
+    """Rows that are vectors, taken as they are.
+
+    Args:
+        dimension: D.
+        name: of how they were made; both sides must mean the same by it, since nothing else can be checked.
+        normalize: scale rows to unit norm.
+    """
+
+    def __init__(self, dimension: int, name: str = "vectors", *, normalize: bool = False) -> None:
+        self.encoder = Encoder(name, _digest({"kind": "array", "name": name}), "none", normalize, dimension)
+
+    def embed(self, rows: Sequence[Any]) -> Tensor:
+        """Stack vectors."""
+        try:
+            x = torch.stack([torch.as_tensor(row, dtype=torch.float32).reshape(-1) for row in rows])
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"rows must be vectors of {self.encoder.dimension} numbers: {error}") from None
+        return _unit(x) if self.encoder.normalize else x
+
+
+class PixelFeatures:
+    """Images as their pixels in [0, 1], grey, resized.
+
+    Args:
+        size: of a side.
+        normalize: scale rows to unit norm.
+    """
+
+    def __init__(self, size: int = 28, *, normalize: bool = True) -> None:
+        self.size = size
+        digest = _digest({"kind": "pixels", "size": size, "version": 1})
+        self.encoder = Encoder(f"pixels-{size}", digest, "none", normalize, size * size)
+
+    def embed(self, rows: Sequence[Any]) -> Tensor:
+        """Read PIL images, or arrays (h, w) or (h, w, 3) of bytes, or of floats in [0, 1]."""
+        x = torch.stack([self._pixels(row) for row in rows]).flatten(1)
+        return _unit(x) if self.encoder.normalize else x
+
+    def _pixels(self, row: Any) -> Tensor:
+        import numpy as np
+
+        array = np.asarray(row.convert("L") if hasattr(row, "convert") else row)
+        if array.ndim not in (2, 3) or array.dtype == object:
+            raise ValueError(f"an image must have two or three dimensions, got shape {array.shape} of {array.dtype}")
+        x = torch.from_numpy(array / 255 if array.dtype == np.uint8 else array.astype(np.float64)).float()
+        x = x.mean(-1) if x.ndim == 3 else x
+        if x.shape == (self.size, self.size):
+            return x
+        return torch.nn.functional.interpolate(
+            x[None, None], (self.size, self.size), mode="bilinear", antialias=True, align_corners=False
+        )[0, 0]
+
+
+class HuggingFaceFeatures:
+    """Vectors of a Hugging Face encoder for text or images, pooled as the model wants.
+
+    Args:
+        name: on the hub, or a folder.
+        revision: on the hub.
+        pooling: text: "mean", "cls" or "last"; images: "cls", "spatial" (the mean over a feature map) or "features" (a
+            joint model's projected ones). None takes what the model comes with: the sentence-transformers pooling where
+            there is one, else the last token of a decoder and the mean of any other text model; "features" for
+            models like CLIP, "spatial" for convolutional and "cls" for other vision models.
+        normalize: scale rows to unit norm.
+        max_length: of a text, in tokens.
+        batch_size: rows in one pass.
+        device: torch's.
+
+    Raises:
+        ValueError: a pooling that the model hasn't got, or a model that is neither for text nor for images.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        revision: str | None = None,
+        pooling: str | None = None,
+        normalize: bool = True,
+        max_length: int = 256,
+        batch_size: int = 32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        try:
+            from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+        except ImportError:
+            raise ImportError("encoders need transformers: pip install 'sgc[federated]'") from None
+
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        self.model = AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32).eval().to(device)
+        self.batch_size, self.max_length = batch_size, max_length
+        self.joint = hasattr(self.model, "get_image_features")
+        self.vision = self.joint or self.model.main_input_name == "pixel_values"
+        if self.vision:
+            self.processor = AutoImageProcessor.from_pretrained(name, revision=revision)
+            settings = {"processor": self.processor.to_dict()}
+            self.channels = getattr(getattr(config, "vision_config", config), "num_channels", 3)
+        elif self.model.main_input_name == "input_ids":
+            self.processor = AutoTokenizer.from_pretrained(name, revision=revision)
+            if self.processor.pad_token is None:
+                self.processor.pad_token = self.processor.eos_token
+            self.processor.padding_side = "right"  # the last token is found by the mask
+            self.max_length = min(max_length, self.processor.model_max_length)
+            words = sorted(self.processor.get_vocab().items())
+            settings = {"tokenizer": type(self.processor).__name__, "vocabulary": words, "max_length": self.max_length}
+        else:
+            raise ValueError(f"an encoder must read text or images, got {name!r} with {self.model.main_input_name}")
+        self.pooling = pooling or self._own_pooling(name, revision)
+        choices = VISION_POOLING if self.vision else TEXT_POOLING
+        if self.pooling not in choices or (self.pooling == "features") > self.joint:
+            raise ValueError(f"pooling must be one of {', '.join(choices)} and suit the model, got {self.pooling!r}")
+        self.normalize = normalize
+        settings |= {"architecture": type(self.model).__name__, "config": _numbers_of(config)}
+        # a pooler of transformers' own that the checkpoint lacks is random, and not used
+        state = {k: v for k, v in self.model.state_dict().items() if not k.startswith("pooler.")}
+        with torch.no_grad():
+            dimension = self.embed([self._probe()]).shape[1]
+        title = re.sub(r"[^\x21-\x7e]", "?", Path(name).name)[:40]
+        commit = getattr(config, "_commit_hash", None)
+        self.encoder = Encoder(
+            f"{title}@{commit[:12]}" if commit else title, _digest(settings, state), self.pooling, normalize, dimension
+        )
+
+    def _own_pooling(self, name: str, revision: str | None) -> str:
+        from transformers.utils import cached_file
+
+        if self.joint:
+            return "features"
+        if self.vision:
+            with torch.no_grad():
+                probe = self.model(**self._inputs([self._probe()])).last_hidden_state
+            return "spatial" if probe.ndim == 4 else "cls"
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            file = cached_file(
+                name, "1_Pooling/config.json", revision=revision, _raise_exceptions_for_missing_entries=False
+            )
+            modes = json.loads(Path(file).read_text())
+            for mode, word in (("mean_tokens", "mean"), ("cls_token", "cls"), ("lasttoken", "last")):
+                if modes.get(f"pooling_mode_{mode}"):
+                    return word
+        architectures = " ".join(self.model.config.architectures or ())
+        return "last" if "CausalLM" in architectures else "mean"
+
+    def _probe(self) -> Any:
+        if not self.vision:
+            return "a"
+        import numpy as np
+
+        return np.zeros((64, 64, 3), dtype=np.uint8)
+
+    def _inputs(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        if self.vision:
+            images = [self._image(row) for row in rows]
+            inputs = {"pixel_values": self.processor(images, return_tensors="pt")["pixel_values"]}
+        else:
+            if not all(isinstance(row, str) for row in rows):
+                raise ValueError(f"{self.model.config.model_type} reads text, got {type(rows[0]).__name__}")
+            inputs = dict(
+                self.processor(
+                    list(rows), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+                )
+            )
+        return {name: x.to(self.model.device) for name, x in inputs.items()}
+
+    def _image(self, row: Any) -> Any:
+        import numpy as np
+        from PIL import Image
+
+        if not isinstance(row, Image.Image):
+            array = np.asarray(row)
+            if array.dtype == object or array.dtype.kind in "US" or array.ndim not in (2, 3):
+                raise ValueError(f"{self.model.config.model_type} reads images, got {type(row).__name__}")
+            row = Image.fromarray(array if array.dtype == np.uint8 else (array * 255).round().astype(np.uint8))
+        return row.convert("L" if self.channels == 1 else "RGB")
+
+    @torch.no_grad()
+    def embed(self, rows: Sequence[Any]) -> Tensor:
+        """Embed texts or images (PIL, or arrays of bytes, or of floats in [0, 1])."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i])) if not self.vision else list(range(len(rows)))
+        parts = []
+        for start in range(0, len(rows), self.batch_size):
+            inputs = self._inputs([rows[i] for i in order[start : start + self.batch_size]])
+            if self.pooling == "features":
+                found = self.model.get_image_features(**inputs)
+                x = getattr(found, "pooler_output", found)
+            else:
+                x = _pool(self.model(**inputs).last_hidden_state, self.pooling, inputs.get("attention_mask"))
+            parts.append((_unit(x.float()) if self.normalize else x.float()).cpu())
+        x = torch.cat(parts)
+        return torch.empty_like(x).index_copy_(0, torch.tensor(order), x)
+
+
+def _pool(hidden: Tensor, pooling: str, mask: Tensor | None) -> Tensor:
+    """Pool hidden states (m, tokens, D), or a feature map (m, D, h, w), to (m, D)."""
+    if pooling == "spatial":
+        return hidden.flatten(2).mean(2) if hidden.ndim == 4 else hidden.mean(1)
+    if pooling == "cls":
+        if hidden.ndim == 4:
+            raise ValueError("pooling must be 'spatial' for a model that gives feature maps, got 'cls'")
+        return hidden[:, 0]
+    assert mask is not None  # of a tokenizer
+    if pooling == "last":
+        return hidden[torch.arange(len(hidden)), mask.sum(1) - 1]
+    weight = mask[..., None].to(hidden.dtype)
+    return (hidden * weight).sum(1) / weight.sum(1)
+
+
+def _numbers_of(config: Any) -> dict[str, Any]:
+    """Give the part of a model's configuration that decides about its numbers."""
+    passing = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "id2label", "label2id")
+    return {name: value for name, value in config.to_dict().items() if name not in passing}
+
+
+class GradientFeatures:
+    """Sketches of per-example gradients of the model that is to be fine-tuned, through `sgc.codec`. (ours)
+
+    One vmapped backward for all rows of a length; each row's gradient, flattened over the chosen parameters, is
+    sparsified and projected to `sketch_size` numbers. A is data-independent, so both sides make the same, and inner
+    products of sketches are those of the sparse gradients up to 1/√k.
+
+    Args:
+        model: transformers', with a loss when given labels; its attention should be "eager".
+        tokenizer: of the model; rows are dicts with a text column and "label" (or, for a causal model, texts).
+        parameters: a regular expression; the gradients of the parameters it finds are taken.
+        sketch_size: k, the dimension D of the vectors.
+        sparsity: s, the largest entries of a gradient that are kept.
+        seed: of A.
+        normalize: scale rows to unit norm.
+        max_length: of a text, in tokens.
+        batch_size: rows in one pass.
+        name: of the model, for people.
+
+    Raises:
+        ValueError: no parameter matches.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: Any,
+        *,
+        parameters: str = ".",
+        sketch_size: int = 512,
+        sparsity: int = 1024,
+        seed: int = 0,
+        normalize: bool = True,
+        max_length: int = 128,
+        batch_size: int = 16,
+        name: str = "gradients",
+    ) -> None:
+        self.model, self.tokenizer, self.max_length, self.batch_size = model.eval(), tokenizer, max_length, batch_size
+        held = {n: p.detach() for n, p in model.named_parameters()}
+        self._free = {n: p for n, p in held.items() if re.search(parameters, n)}
+        self._fixed = {n: p for n, p in held.items() if n not in self._free}
+        if not self._free:
+            raise ValueError(f"parameters must match a name such as {next(iter(held), None)!r}, got {parameters!r}")
+        self.entries = sum(p.numel() for p in self._free.values())
+        self.codec = Codec(None, sketch_size, min(sparsity, self.entries), seed)
+        settings = {
+            "kind": "gradients",
+            "parameters": sorted(self._free),
+            "codec": repr(self.codec),
+            "max_length": max_length,
+            "model": type(model).__name__,
+            "vocabulary": sorted(tokenizer.get_vocab().items()),
+        }
+        digest = _digest(settings, dict(model.state_dict()))
+        self.encoder = Encoder(name, digest, "sketched gradients", normalize, min(sketch_size, self.entries))
+
+    def embed(self, rows: Sequence[Any]) -> Tensor:
+        """Sketch the gradient of every row's loss."""
+        ids, labels = zip(*map(self._example, rows), strict=True)
+        x = torch.empty(len(rows), self.encoder.dimension)
+        by_length: dict[int, list[int]] = {}
+        for i, tokens in enumerate(ids):
+            by_length.setdefault(len(tokens), []).append(i)
+        for same in by_length.values():  # without padding there is no mask, on which models branch as vmap can't
+            for start in range(0, len(same), self.batch_size):
+                part = same[start : start + self.batch_size]
+                gradient = self.gradients(torch.tensor([ids[i] for i in part]), torch.tensor([labels[i] for i in part]))
+                for i, g in zip(part, gradient, strict=True):
+                    x[i] = self.codec.encode(g).reshape(-1)
+        return _unit(x) if self.encoder.normalize else x
+
+    def _example(self, row: Any) -> tuple[list[int], Any]:
+        fields = {"text": row} if isinstance(row, str) else dict(row)
+        label = fields.pop("label", fields.pop("labels", None))
+        texts = [value for value in fields.values() if isinstance(value, str)]
+        if len(texts) != len(fields) or not 1 <= len(texts) <= 2:
+            raise ValueError("a row must be one text or two, with a label or, for a causal model, without")
+        ids = self.tokenizer(*texts, truncation=True, max_length=self.max_length)["input_ids"]
+        if len(ids) < 2:
+            raise ValueError(f"a row must have at least 2 tokens, got {texts[0]!r}")
+        return ids, ids if label is None else label
+
+    def gradients(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """Compute every row's own gradient in one vmapped pass.
+
+        Args:
+            ids: (m, length) tokens.
+            labels: (m,) or (m, length).
+
+        Returns:
+            (m, entries) fp32.
+        """
+        from torch.func import functional_call, grad, vmap
+
+        def loss(free: dict[str, Tensor], ids: Tensor, label: Tensor) -> Tensor:
+            inputs = {"input_ids": ids[None], "labels": label[None]}
+            return functional_call(self.model, {**self._fixed, **free}, kwargs=inputs).loss
+
+        found = vmap(grad(loss), in_dims=(None, 0, 0))(self._free, ids, labels)
+        return torch.cat([found[n].flatten(1) for n in self._free], 1).float()
