@@ -1,0 +1,223 @@
+"""Ranks with confidence intervals, and portfolios: which sellers to buy together for a budget. (ours)"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from federated.market.score import (
+    THRESHOLD,
+    Moments,
+    Score,
+    diversity,
+    draw,
+    inverse_root,
+    kept_directions,
+    overlaps,
+    relevance,
+    shares,
+    volume,
+)
+
+CREDIT = 10.0  # rows a seller is credited with, over the buyer's: the more, the less a second of a kind is worth
+MEASURES = {"relevance": relevance, "diversity": diversity}
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A seller's place among the others."""
+
+    seller: str
+    rank: int
+    rank_low: int  # the best and the worst rank that the data do not contradict
+    rank_high: int
+    relevance: Score
+    diversity: Score
+    volume: float  # how much of the buyer's space it covers, at most 0
+    rows: int
+
+
+def rank(
+    buyer: Moments,
+    sellers: Mapping[str, Moments],
+    *,
+    by: str = "relevance",
+    confidence: float = 0.95,
+    threshold: float = THRESHOLD,
+    draws: int = 1000,
+    seed: int = 0,
+) -> list[Ranked]:
+    """Rank sellers, best first, with ranks' confidence intervals that hold for all sellers at once.
+
+    A rank's interval comes from pairs: a seller is at best behind all that are better beyond doubt, and at worst before
+    all that are worse beyond doubt, doubt being judged by the largest studentised difference over all pairs in a
+    parametric bootstrap (Mogstad, Romano, Shaikh, Wilhelm, Review of Economic Studies 2024). The buyer's draws are the
+    same for every seller, so what its own sampling does to all of them alike is no doubt about their order.
+
+    Args:
+        buyer: along the directions.
+        sellers: name → moments along the same.
+        by: "relevance" or "diversity".
+        confidence: that all intervals hold at once.
+        threshold: relative to the buyer's largest variance.
+        draws: of the bootstrap.
+        seed: of the draws.
+
+    Raises:
+        ValueError: no seller, an unknown measure, or a confidence outside (0, 1).
+    """
+    if not sellers:
+        raise ValueError("at least one seller is needed to rank, got 0")
+    if by not in MEASURES:
+        raise ValueError(f"sellers must be ranked by one of {', '.join(MEASURES)}, got {by!r}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be in (0, 1), got {confidence}")
+    generator = torch.Generator().manual_seed(seed)
+    own = shares(buyer)
+    kept = kept_directions(own, threshold)
+    drawn = draw(buyer, draws, generator)
+    exact = torch.stack([overlaps(own, shares(s), kept) for s in sellers.values()])  # (J, κ')
+    sample = torch.stack([overlaps(drawn, draw(s, draws, generator), kept) for s in sellers.values()])  # (J, draws, κ')
+    value = MEASURES[by](exact)
+    low, high = rank_intervals(value, MEASURES[by](sample), confidence)
+    errors = {name: measure(sample).std(1) for name, measure in MEASURES.items()}
+    found = [
+        Ranked(
+            name,
+            int((value > value[j]).sum()) + 1,
+            low[j],
+            high[j],
+            Score(float(relevance(exact[j])), float(errors["relevance"][j])),
+            Score(float(diversity(exact[j])), float(errors["diversity"][j])),
+            volume(buyer, seller, kept),
+            seller.rows,
+        )
+        for j, (name, seller) in enumerate(sellers.items())
+    ]
+    return sorted(found, key=lambda r: r.rank)
+
+
+def rank_intervals(value: Tensor, sample: Tensor, confidence: float) -> tuple[list[int], list[int]]:
+    """Give the best and worst ranks that are not contradicted, for all at once.
+
+    Args:
+        value: (J,) scores, more is better.
+        sample: (J, draws) the bootstrap's.
+        confidence: of all together.
+    """
+    centred = sample - sample.mean(1, keepdim=True)
+    spread = centred[:, None] - centred[None]  # (J, J, draws)
+    error = spread.std(2)
+    tiny = torch.finfo(error.dtype).eps
+    critical = torch.quantile((spread.abs() / error.clamp_min(tiny)[..., None]).amax((0, 1)), confidence)
+    better = value[:, None] - value[None] > critical * error.clamp_min(tiny)  # better[j, k]: j before k beyond doubt
+    low, high = better.sum(0) + 1, len(value) - better.sum(1)
+    return low.tolist(), high.tolist()
+
+
+@dataclass(frozen=True)
+class Portfolio:
+    """What to buy, in the order of choice."""
+
+    sellers: tuple[str, ...]
+    gains: tuple[float, ...]  # what each added
+    value: float
+    cost: float
+    at_most: float  # no set of sellers within the budget has a higher value
+
+
+def portfolio(
+    buyer: Moments,
+    sellers: Mapping[str, Moments],
+    *,
+    budget: float,
+    prices: Mapping[str, float] | None = None,
+    rows: Mapping[str, float] | None = None,
+    threshold: float = THRESHOLD,
+) -> Portfolio:
+    """Choose sellers for a budget by relevance and joint diversity.
+
+    The value of a set S is F(S) = log det(I + Σ_{s∈S} w_s·ρ_s·M_s): the information that S adds to the buyer's own
+    rows, on the scale of the buyer's covariance (D-optimal design). M_s is the seller's covariance relative to the
+    buyer's, eigenvalues cut at 1, so that nobody counts for more than the buyer's own spread; ρ_s is its relevance. F
+    grows with every seller and by less the more there is of the same kind (it is submodular), so a second copy of a
+    seller is worth less than the first.
+
+    Bought greedily, by gain and by gain per price, the better of the two: at least 1 − 1/e of the best set for equal
+    prices (Nemhauser, Wolsey, Fisher 1978), half of that for any (Khuller, Moss, Naor 1999). `at_most` bounds the best
+    set for the case at hand, which is usually much tighter.
+
+    Args:
+        buyer: along the directions.
+        sellers: name → moments along the same.
+        budget: of the sum of prices.
+        prices: positive; 1 for each seller by default.
+        rows: w_s, rows to credit a seller with, over the buyer's. By default all have the same, 10, because a number
+            of rows is a claim that copies of rows can raise.
+        threshold: relative to the buyer's largest variance.
+
+    Raises:
+        ValueError: a price or a credit that is not positive, or a budget that is negative.
+    """
+    prices = dict.fromkeys(sellers, 1.0) if prices is None else prices
+    rows = dict.fromkeys(sellers, CREDIT) if rows is None else rows
+    for name in sellers:
+        for kind, given in (("price", prices), ("rows", rows)):
+            if not (name in given and 0 < given[name] < math.inf):
+                raise ValueError(f"the {kind} of {name!r} must be a positive number, got {given.get(name)}")
+    if not 0 <= budget < math.inf:
+        raise ValueError(f"budget must not be negative, got {budget}")
+    own = shares(buyer)
+    kept = kept_directions(own, threshold)
+    information = {
+        name: rows[name] * float(relevance(overlaps(own, shares(s), kept))) * relative_covariance(buyer, s, kept)
+        for name, s in sellers.items()
+    }
+    found = [_greedy(information, prices, budget, per_price) for per_price in (False, True)]
+    return max(found, key=lambda p: p.value)
+
+
+def relative_covariance(buyer: Moments, seller: Moments, kept: Tensor) -> Tensor:
+    """Give Σ_b^{−1/2} Σ_s Σ_b^{−1/2} (κ', κ') in shares of energy, its eigenvalues cut to [0, 1]."""
+    whiten = inverse_root(buyer.covariance[kept][:, kept] / buyer.energy)
+    relative = whiten @ (seller.covariance[kept][:, kept] / seller.energy) @ whiten
+    value, vector = torch.linalg.eigh((relative + relative.T) / 2)
+    return (vector * value.clamp(0, 1)) @ vector.T
+
+
+def _greedy(information: dict[str, Tensor], prices: Mapping[str, float], budget: float, per_price: bool) -> Portfolio:
+    chosen: list[str] = []
+    gains: list[float] = []
+    left = budget
+    total = torch.eye(len(next(iter(information.values()))), dtype=torch.float64) if information else torch.eye(1)
+    while True:
+        now = float(torch.logdet(total))
+        gain = {
+            name: float(torch.logdet(total + part)) - now for name, part in information.items() if name not in chosen
+        }
+        within = [name for name in gain if prices[name] <= left * (1 + 1e-12)]
+        if not within:
+            break
+        best = max(within, key=lambda name: gain[name] / (prices[name] if per_price else 1))
+        chosen.append(best)
+        gains.append(gain[best])
+        total = total + information[best]
+        left -= prices[best]
+    value = sum(gains)
+    return Portfolio(tuple(chosen), tuple(gains), value, budget - left, value + _knapsack(gain, prices, budget))
+
+
+def _knapsack(gain: dict[str, float], prices: Mapping[str, float], budget: float) -> float:
+    """Give the most that gains could add up to within a budget if parts could be bought; gains only shrink later."""
+    total = 0.0
+    for name in sorted((n for n in gain if prices[n] <= budget), key=lambda n: gain[n] / prices[n], reverse=True):
+        part = min(1.0, budget / prices[name])
+        total += part * gain[name]
+        budget -= part * prices[name]
+        if budget <= 0:
+            break
+    return total

@@ -1,0 +1,159 @@
+"""Ranks are right as often as they say, and portfolios are as good as their guarantee."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from federated.market import rank as r
+from federated.market.score import Moments, kept_directions, moments_along, overlaps, relevance, shares
+
+D = 16
+SPREAD = torch.linspace(0, 2, D).neg().exp()
+
+
+def rows(n: int, seed: int, spread: torch.Tensor = SPREAD) -> torch.Tensor:
+    return torch.randn(n, D, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def along(x: torch.Tensor, count: int = 6) -> Moments:
+    return moments_along(x, torch.eye(D)[:, :count])
+
+
+def test_sellers_are_ranked_by_their_scores_best_first() -> None:
+    sellers = {
+        "flat": along(rows(300, 1, torch.ones(D))),
+        "same": along(rows(300, 2)),
+        "less": along(rows(300, 3, SPREAD**2)),
+    }
+    found = r.rank(along(rows(300, 0)), sellers)
+    assert [x.seller for x in found] == ["same", "less", "flat"]
+    assert [x.rank for x in found] == [1, 2, 3]
+    assert all(x.rank_low <= x.rank <= x.rank_high for x in found)
+    assert all(0 < x.relevance.standard_error < 0.1 for x in found)
+    assert (found[0].rank_low, found[0].rank_high) == (1, 1)
+    by_difference = r.rank(along(rows(300, 0)), sellers, by="diversity")
+    assert by_difference[-1].seller == "same"
+
+
+def test_equal_sellers_are_not_told_apart_and_copies_share_a_rank() -> None:
+    one = along(rows(100, 2))
+    found = {x.seller: x for x in r.rank(along(rows(100, 0)), {"a": one, "b": one, "other": along(rows(100, 3))})}
+    assert found["a"].rank == found["b"].rank
+    assert {(x.rank_low, x.rank_high) for x in found.values()} == {(1, 3)}
+
+
+def test_more_rows_make_intervals_narrower() -> None:
+    def width(n: int) -> int:
+        sellers = {str(i): along(rows(n, i + 1, SPREAD ** (1 + 0.1 * i))) for i in range(6)}
+        return sum(x.rank_high - x.rank_low for x in r.rank(along(rows(2000, 0)), sellers, draws=300))
+
+    assert width(20000) < width(100) <= 30
+
+
+def test_intervals_hold_for_all_ranks_at_once_as_often_as_stated() -> None:
+    value, error, generator = torch.tensor([0.0, 0.5, 1.0, 1.2, 3.0]), 0.3, torch.Generator().manual_seed(0)
+    true = [int((value > v).sum()) + 1 for v in value]
+    held = 0
+    for _ in range(300):
+        seen = value + error * torch.randn(5, generator=generator)
+        sample = seen[:, None] + error * torch.randn(5, 400, generator=generator)
+        low, high = r.rank_intervals(seen, sample, 0.9)
+        held += all(a <= t <= b for a, t, b in zip(low, true, high, strict=True))
+    # at least 90 %, less three standard deviations of a count of 300
+    assert held >= 300 * 0.9 - 3 * math.sqrt(300 * 0.09)
+    assert low != high
+
+
+def test_what_cannot_be_ranked_is_a_sentence() -> None:
+    buyer = along(rows(100, 0))
+    for sellers, kwargs, sentence in [
+        ({}, {}, "at least one seller"),
+        ({"a": buyer}, {"by": "price"}, "one of relevance, diversity, got 'price'"),
+        ({"a": buyer}, {"confidence": 1.0}, "confidence must be in"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            r.rank(buyer, sellers, **kwargs)
+    for kwargs, sentence in [
+        ({"budget": -1}, "budget must not be negative"),
+        ({"budget": 1, "prices": {"a": 0}}, "price of 'a' must be a positive"),
+        ({"budget": 1, "prices": {}}, "price of 'a' must be a positive number, got None"),
+        ({"budget": 1, "rows": {"a": math.nan}}, "rows of 'a' must be"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            r.portfolio(buyer, {"a": buyer}, **kwargs)
+
+
+def half(first: bool, seed: int) -> Moments:
+    """A seller whose rows vary in four of the buyer's directions, or in the others."""
+    mask = (torch.arange(D) < 4) == first
+    return along(rows(300, seed, SPREAD * (0.05 + 0.95 * mask)))
+
+
+def test_a_portfolio_takes_what_complements_and_not_two_of_a_kind() -> None:
+    buyer, first = along(rows(300, 0)), half(True, 1)
+    sellers = {"first": first, "again": half(True, 2), "copy": first, "second": half(False, 3)}
+    found = r.portfolio(buyer, sellers, budget=2)
+    assert "second" in found.sellers
+    assert len(found.sellers) == 2
+    # one by one, two of a kind would have been bought
+    alone = {name: r.portfolio(buyer, {name: s}, budget=1).value for name, s in sellers.items()}
+    assert min(alone, key=alone.get) == "second"
+
+
+def test_a_copy_is_worth_less_than_the_first_and_noise_less_than_the_real() -> None:
+    buyer, seller = along(rows(300, 0)), along(rows(300, 1))
+    found = r.portfolio(buyer, {"a": seller, "b": seller}, budget=2)
+    assert found.gains[1] < 0.8 * found.gains[0]
+    noise = along(rows(300, 2, torch.full((D,), 10.0)))
+    one, other = (r.portfolio(buyer, {"x": s}, budget=1).value for s in (seller, noise))
+    assert other < 0.7 * one
+
+
+def value_of(buyer: Moments, sellers: list[Moments]) -> float:
+    kept = kept_directions(shares(buyer))
+    total = torch.eye(int(kept.sum()), dtype=torch.float64)
+    for s in sellers:
+        total = total + float(relevance(overlaps(shares(buyer), shares(s), kept))) * r.relative_covariance(
+            buyer, s, kept
+        )
+    return float(torch.logdet(total))
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 10**6), st.integers(1, 6), st.floats(0, 4), st.booleans())
+def test_greedy_keeps_its_guarantee_and_its_bound(seed: int, count: int, budget: float, equal: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    buyer = along(rows(200, 0))
+    sellers = {str(i): along(rows(60, seed + i, torch.rand(D, generator=generator) ** 3)) for i in range(count)}
+    prices = {name: 1.0 if equal else 0.2 + 2 * float(torch.rand((), generator=generator)) for name in sellers}
+    found = r.portfolio(buyer, sellers, budget=budget, prices=prices)
+    best = max(
+        value_of(buyer, [sellers[name] for name in names])
+        for size in range(count + 1)
+        for names in itertools.combinations(sellers, size)
+        if sum(prices[name] for name in names) <= budget * (1 + 1e-12)
+    )
+    assert found.cost <= budget * (1 + 1e-9)
+    assert found.value == pytest.approx(value_of(buyer, [sellers[name] for name in found.sellers]), abs=1e-9)
+    assert found.value >= (1 - 1 / math.e) / (1 if equal else 2) * best - 1e-9
+    assert found.value - 1e-9 <= best <= found.at_most + 1e-9
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 10**6))
+def test_the_value_grows_with_every_seller_and_by_less_and_less(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    buyer = along(rows(200, 0))
+    a, b, c = (along(rows(60, seed + i, torch.rand(D, generator=generator) ** 2)) for i in range(3))
+    alone, after = value_of(buyer, [a, c]) - value_of(buyer, [a]), value_of(buyer, [a, b, c]) - value_of(buyer, [a, b])
+    assert -1e-9 <= after <= alone + 1e-9
+
+
+def test_trusted_rows_count() -> None:
+    buyer, sellers = along(rows(300, 0)), {"a": along(rows(300, 1)), "b": along(rows(300, 2))}
+    assert r.portfolio(buyer, sellers, budget=1, rows={"a": 1.0, "b": 50.0}).sellers == ("b",)
+    assert r.portfolio(buyer, sellers, budget=1, rows={"a": 50.0, "b": 1.0}).sellers == ("a",)
