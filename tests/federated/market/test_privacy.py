@@ -1,0 +1,154 @@
+"""The accounting is right, the sensitivity holds whatever the rows are, and the noise is as large as its formula."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from federated.market import privacy as p
+from federated.market.query import Encoder, make_query
+from federated.market.score import Moments, moments_along, relevance, score
+
+UNIT = Encoder("unit", "0" * 64, "none", True, 24)
+RAW = Encoder("raw", "0" * 64, "none", False, 24)
+
+
+def rows(n: int, seed: int) -> torch.Tensor:
+    x = torch.randn(n, 24, generator=torch.Generator().manual_seed(seed)) * torch.linspace(0, 2, 24).neg().exp()
+    return torch.nn.functional.normalize(x + 0.2, dim=1)
+
+
+def released(moments: Moments, clip: float, known_energy: bool) -> torch.Tensor:
+    """What is released, as one vector on the scale of unit sensitivity per part."""
+    k = len(moments.mean)
+    i, j = torch.triu_indices(k, k)
+    weight = torch.where(i == j, 1.0, math.sqrt(2)).double()
+    parts = [moments.mean / clip, moments.second[i, j] * weight / clip**2]
+    return torch.cat(parts if known_energy else [*parts, torch.tensor([moments.energy / clip**2]).double()])
+
+
+@given(st.floats(0.05, 8), st.floats(1e-8, 0.2))
+def test_the_ratio_of_a_budget_is_the_largest_that_keeps_it(epsilon: float, delta: float) -> None:
+    ratio = p.gaussian_ratio(epsilon, delta)
+    assert p.gaussian_delta(epsilon, ratio) <= delta < p.gaussian_delta(epsilon, ratio * (1 + 1e-6))
+    assert p.gaussian_epsilon(delta, ratio) == pytest.approx(epsilon, rel=1e-6)
+
+
+def test_delta_is_the_hockey_stick_divergence_of_two_normals() -> None:
+    for epsilon, ratio in [(0.5, 0.3), (1.0, 1.0), (3.0, 2.0)]:
+        x = torch.linspace(-15, 15, 2_000_001, dtype=torch.float64)
+        normal = torch.distributions.Normal(torch.tensor(0.0).double(), 1.0)
+        density, moved = normal.log_prob(x).exp(), normal.log_prob(x - ratio).exp()
+        integral = float(torch.trapezoid((moved - math.exp(epsilon) * density).clamp_min(0), x))
+        assert p.gaussian_delta(epsilon, ratio) == pytest.approx(integral, rel=1e-5)
+
+
+def test_less_noise_is_needed_than_by_the_classical_formula() -> None:
+    for epsilon in (0.1, 0.5, 1.0):
+        classical = epsilon / math.sqrt(2 * math.log(1.25 / 1e-6))
+        assert classical < p.gaussian_ratio(epsilon, 1e-6) < 2 * classical
+
+
+@pytest.mark.parametrize("huge", [1.0, 1e6, 1e30])
+@pytest.mark.parametrize("known_energy", [True, False])
+def test_replacing_any_row_moves_the_answer_by_at_most_the_sensitivity(huge: float, known_energy: bool) -> None:
+    clip, n = 1.0 if known_energy else 0.7, 12
+    v = torch.linalg.qr(torch.randn(24, 5, generator=torch.Generator().manual_seed(0))).Q
+    worst = 0.0
+    for seed in range(40):
+        x, neighbour = rows(n, seed), rows(n, seed)
+        along = v[:, seed % 5]
+        x[0], neighbour[0] = along * huge, -along * huge if seed % 2 else v[:, (seed + 1) % 5] * huge
+        a, b = (
+            released(moments_along(next(p.clipped([side], clip)), v), clip, known_energy) for side in (x, neighbour)
+        )
+        worst = max(worst, float((a - b).norm()))
+    bound = 2 * math.sqrt(2 if known_energy else 3) / n
+    assert worst <= bound * (1 + 1e-5)
+    assert worst > 0.5 * bound  # the bound is not loose, either
+
+
+def test_the_noise_is_as_large_as_its_formula_and_does_not_look_at_the_data() -> None:
+    n, clip, ratio, k = 200, 0.5, 0.8, 5
+    v = torch.eye(24)[:, :k]
+    generator = torch.Generator().manual_seed(0)
+    for x in (rows(n, 0), torch.zeros(n, 24)):
+        moments = moments_along(next(p.clipped([x], clip)), v)
+        noisy = [p.add_noise(moments, clip, ratio, known_energy=False, generator=generator) for _ in range(4000)]
+        clean = released(moments, clip, False)
+        spread = torch.stack([released(m, clip, False) - clean for m in noisy])[:, :-1]  # the energy is held positive
+        scale = 2 * math.sqrt(3) / n / ratio
+        # 4000 draws of each of 20 numbers know a standard deviation to 1/√8000 = 1.1 %; 4.9 of those
+        torch.testing.assert_close(spread.std(0), torch.full((20,), scale).double(), rtol=0.055, atol=0)
+        assert noisy[0].mean_noise == pytest.approx(scale * clip)
+        assert noisy[0].second_noise == pytest.approx(scale * clip**2)
+        assert torch.equal(noisy[0].second, noisy[0].second.T)
+
+
+def test_an_answer_with_noise_scores_as_one_without_once_there_are_rows_enough() -> None:
+    query, key = make_query(rows(200, 0), UNIT, directions=4, decoys=2)
+    x = rows(50_000, 1)
+    plain = score(key.buyer(), key.seller(p.SellerResponse(query.identifier, "s", moments_along(x, query.directions))))
+    found = []
+    for epsilon in (1.0, 0.05):
+        response = p.private_answer(query, x.split(1000), UNIT, "s", epsilon=epsilon, delta=1e-6)
+        assert response.moments.energy == 1.0
+        assert (response.epsilon, response.delta) == (epsilon, 1e-6)
+        found.append(score(key.buyer(), key.seller(response), relevance))
+    assert found[0].value == pytest.approx(plain.value, abs=0.02)
+    assert found[0].standard_error < found[1].standard_error
+
+
+def test_two_answers_have_different_noise() -> None:
+    query = make_query(rows(100, 0), UNIT, directions=3, decoys=2)[0]
+    one, two = (p.private_answer(query, [rows(100, 1)], UNIT, "s", epsilon=1, delta=1e-6) for _ in range(2))
+    assert not torch.equal(one.moments.mean, two.moments.mean)
+
+
+def test_the_ledger_adds_up_as_gaussian_mechanisms_do_and_refuses_what_exceeds_it(tmp_path) -> None:
+    ledger = p.Ledger(tmp_path / "ledger.json", epsilon=1.0, delta=1e-6)
+    whole = p.gaussian_ratio(1.0, 1e-6)
+    for i in range(1, 5):  # four answers of half the ratio are one of the whole
+        ledger.charge(whole / 2)
+        assert ledger.spent() == pytest.approx(p.gaussian_epsilon(1e-6, whole / 2 * math.sqrt(i)))
+    assert ledger.spent() == pytest.approx(1.0, rel=1e-6)
+    again = p.Ledger(tmp_path / "ledger.json", epsilon=1.0, delta=1e-6)
+    with pytest.raises(ValueError, match="budget of epsilon=1.0 .* would be exceeded"):
+        again.charge(whole / 100)
+    assert again.spent() == ledger.spent()
+
+
+def test_a_refused_answer_costs_nothing_and_an_answered_one_its_price(tmp_path) -> None:
+    query = make_query(rows(100, 0), UNIT, directions=3, decoys=2)[0]
+    ledger = p.Ledger(tmp_path / "deep" / "ledger.json", epsilon=2.0, delta=1e-6)
+    with pytest.raises(ValueError, match="at least 24 rows"):
+        p.private_answer(query, [rows(5, 1)], UNIT, "s", epsilon=1, delta=1e-6, ledger=ledger)
+    assert ledger.spent() == 0
+    p.private_answer(query, [rows(100, 1)], UNIT, "s", epsilon=1, delta=1e-6, ledger=ledger)
+    assert ledger.spent() == pytest.approx(1.0, rel=1e-6)
+    (tmp_path / "deep" / "ledger.json").write_text('{"ratios": [-1]}')
+    with pytest.raises(ValueError, match="list 'ratios' of positive numbers"):
+        p.Ledger(tmp_path / "deep" / "ledger.json", epsilon=2.0, delta=1e-6)
+
+
+def test_budgets_and_clips_that_make_no_sense_are_a_sentence() -> None:
+    query = make_query(rows(100, 0), UNIT, directions=3, decoys=2)[0]
+    for kwargs, sentence in [
+        ({"epsilon": 0, "delta": 1e-6}, "epsilon must be positive"),
+        ({"epsilon": math.inf, "delta": 1e-6}, "epsilon must be positive"),
+        ({"epsilon": 1, "delta": 0}, "delta must be in"),
+        ({"epsilon": 1, "delta": 1e-6, "clip": math.nan}, "clip must be positive"),
+        ({"epsilon": 1, "delta": 1e-6, "clip": 2.0}, "clip must be 1 where the encoder"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            p.private_answer(query, [rows(100, 1)], UNIT, "s", **kwargs)
+
+
+def test_rows_that_are_not_finite_are_refused_and_not_clipped() -> None:
+    query = make_query(rows(100, 0), RAW, directions=3, decoys=2)[0]
+    bad = rows(100, 1)
+    bad[4, 0] = math.inf
+    with pytest.raises(ValueError, match="row 4"):
+        p.private_answer(query, [bad], RAW, "s", epsilon=1, delta=1e-6, clip=1.0)
