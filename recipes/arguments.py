@@ -21,6 +21,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from sgc import SGC
+from sgc.hf import check_overrides, create_sgc_optimizer
 
 HERE = Path(__file__).resolve().parent
 TINY_LLAMA = HERE / "assets" / "tiny-llama"
@@ -149,20 +150,45 @@ def trainer_name(name: str) -> str:
     return "sgd" if name == "sgc" else OPTIMIZERS.get(name, name)
 
 
-SGC_OPTIONS = [
-    p for p in inspect.signature(SGC).parameters.values() if p.kind is p.KEYWORD_ONLY
-]  # lr, betas, eps and weight_decay are TrainingArguments
+SGC_OPTIONS = [  # lr, betas, eps and weight_decay are TrainingArguments
+    p for f in (create_sgc_optimizer, SGC) for p in inspect.signature(f).parameters.values() if p.kind is p.KEYWORD_ONLY
+]
+SGC_HELP = {
+    "embeddings": "what becomes of embeddings and head: compressed, dense (AdamW) or frozen",
+    "overrides": 'SGC\'s arguments by module, as JSON: {"lm_head": {"sketch_size": 64}, "q_proj": "dense"}',
+    "compressed_gradients": "sketch every gradient as soon as backward has made it",
+}
 SGCArguments = dataclasses.make_dataclass(
     "SGCArguments",
-    [(f"sgc_{p.name}", "str | None", field(default=None, metadata={"help": f"SGC's {p.name}"})) for p in SGC_OPTIONS],
+    [
+        (
+            f"sgc_{p.name}",
+            "str | None",
+            field(
+                default=None,
+                metadata={"help": SGC_HELP.get(p.name, f"SGC's {p.name}")}
+                | ({"nargs": "?", "const": "true"} if isinstance(p.default, bool) else {}),
+            ),
+        )
+        for p in SGC_OPTIONS
+    ],
     namespace={"__doc__": "SGC's own arguments; its defaults hold for what is not given."},
 )
 SGCArguments.__module__ = __name__
 
 
 def sgc_value(text: Any) -> Any:
-    """Read the value of an SGC argument: a number, true, false, none, a torch dtype or a word."""
+    """Read the value of an SGC argument: a number, true, false, none, a torch dtype, a word, or JSON of such."""
+    if isinstance(text, dict):
+        return {str(name): sgc_value(value) for name, value in text.items()}
+    if isinstance(text, list):
+        return [sgc_value(value) for value in text]
     word = str(text)
+    if word.lstrip().startswith("{"):
+        try:
+            return sgc_value(json.loads(word))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{word} is not JSON: {error}") from None
     if word.lower() in ("none", "null"):
         return None
     if word.lower() in ("true", "false"):
@@ -260,7 +286,7 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: FinetuneAr
                     raise ValueError(f"optimizer '{name}' needs a package: pip install {package}")
                 break
     if "sgc" in names:
-        SGC([torch.nn.Parameter(torch.zeros(2, 2))], lr=args.learning_rate, **sgc_kwargs)  # judges its own arguments
+        check_sgc(sgc_kwargs)
     elif sgc_kwargs:
         raise ValueError(f"--sgc_{next(iter(sgc_kwargs))} is given, but no run uses sgc: --optim {args.optimizer_name}")
     if model_args.dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -297,6 +323,30 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: FinetuneAr
             f"output_dir '{output}' is not empty: give another, or --resume_from_checkpoint to go on, "
             "or --overwrite_output_dir to begin anew"
         )
+
+
+def check_sgc(sgc_kwargs: dict[str, Any]) -> None:
+    """Let SGC judge its arguments, those of every override too; which modules there are, the model will show.
+
+    Raises:
+        ValueError: a sentence with the rule and the value.
+    """
+    own = {p.name: p.default for p in inspect.signature(create_sgc_optimizer).parameters.values()}
+    given = {name: value for name, value in sgc_kwargs.items() if name not in own}
+    embeddings, overrides, compressed = (
+        sgc_kwargs.get(name, own[name]) for name in ("embeddings", "overrides", "compressed_gradients")
+    )
+    if not isinstance(overrides, dict | None):
+        raise ValueError(f"--sgc_overrides must be a JSON object of modules, got {overrides!r}")
+    if not isinstance(compressed, bool):
+        raise ValueError(f"--sgc_compressed_gradients must be true or false, got {compressed!r}")
+    try:
+        check_overrides(overrides or {}, embeddings)
+        for override in ({}, *(overrides or {}).values()):
+            different = {} if isinstance(override, str) else override
+            SGC([torch.nn.Parameter(torch.zeros(2, 2))], **{"lr": 1e-3} | given | different)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 @dataclass(frozen=True)

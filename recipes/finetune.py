@@ -63,7 +63,7 @@ from arguments import (
     parse,
     runs_of,
 )
-from sgc import SGC
+from sgc.hf import SGCCallback, SGCFactory, find_sgc, parameter_groups
 from word_tasks import instruction_rows
 
 HERE = Path(__file__).resolve().parent
@@ -327,10 +327,15 @@ def make_trainer(job: Job, model: torch.nn.Module, args: FinetuneArguments, sgc_
     def best(logits: Any, _: torch.Tensor) -> torch.Tensor:
         return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
-    optimizer = None
+    optimizer, callbacks = None, [StopOnSignal(), BytesHeld()]
     if args.optimizer_name == "sgc":
+        parameter_groups(
+            model, **{k: v for k, v in sgc_kwargs.items() if k in ("embeddings", "overrides")}
+        )  # judges them
+        rates = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
         betas = (args.adam_beta1, args.adam_beta2)
-        optimizer = (SGC, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, **sgc_kwargs})
+        optimizer = (SGCFactory, {**rates, "betas": betas, "eps": args.adam_epsilon, **sgc_kwargs})
+        callbacks.append(SGCCallback())
     pad = job.tokenizer.pad_token_id
     trainer = Trainer(
         model=model,
@@ -341,7 +346,7 @@ def make_trainer(job: Job, model: torch.nn.Module, args: FinetuneArguments, sgc_
         processing_class=job.tokenizer,
         compute_metrics=token_accuracy,
         preprocess_logits_for_metrics=best,
-        callbacks=[StopOnSignal(), BytesHeld()],
+        callbacks=callbacks,
         optimizer_cls_and_kwargs=optimizer,
     )
     if not args.disable_tqdm:
@@ -416,13 +421,14 @@ def train(
     output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     callbacks = {type(c): c for c in trainer.callback_handler.callbacks}
     stopped, held = callbacks[StopOnSignal].received, callbacks[BytesHeld]
+    reported = callbacks[SGCCallback].memory(model) if run.name == "sgc" else {}
     if stopped and trainer.state.global_step < trainer.state.max_steps:
         say(
             f"\ninterrupted: {run.folder}/checkpoint-{trainer.state.global_step} is saved; "
             "the same command with --resume_from_checkpoint goes on from there"
         )
         sys.exit(128 + stopped)
-    inner = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    sgc = find_sgc(trainer.optimizer)
     result = {
         "name": run.name,
         "learning_rate": run.learning_rate,
@@ -433,10 +439,10 @@ def train(
         "memory": {
             "weights": report.tensor_bytes(model.parameters()),
             "gradients": held.gradients,
-            "optimizer_state": held.state,
+            "optimizer_state": reported.get("optimizer_state", held.state),
             "adamw_state": report.ADAMW_BYTES_PER_PARAMETER * count,
         },
-        "stats": inner.stats() if hasattr(inner, "stats") else {},
+        "stats": {} if sgc is None else sgc.stats(),
         "history": trainer.state.log_history,
     }
     if first:

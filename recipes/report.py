@@ -11,16 +11,9 @@ from typing import Any
 
 import torch
 
+from sgc.hf import tensor_bytes
+
 ADAMW_BYTES_PER_PARAMETER = 8  # two moments in fp32
-
-
-def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Return the bytes of the distinct storages behind some tensors; tied weights count once."""
-    storages = {}
-    for tensor in tensors:
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        storages[local.untyped_storage().data_ptr(), local.device] = local.untyped_storage().nbytes()
-    return sum(storages.values())
 
 
 def tensors_in(value: Any, seen: set[int] | None = None) -> Iterable[torch.Tensor]:

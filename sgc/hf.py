@@ -87,14 +87,10 @@ def create_sgc_optimizer(
         >>> [group["param_names"] for group in optimizer.param_groups]
         [['0.weight'], ['1.weight'], ['1.bias']]
     """
-    overrides = dict(overrides or {})
-    _check_overrides(overrides, embeddings)
     if compressed_gradients and "sketch_size" not in sgc_kwargs:
         sgc_kwargs["sketch_size"] = _sketch_for(sgc_kwargs)
         _logger.info("compressed gradients need sketches: sketch_size=%d is used", sgc_kwargs["sketch_size"])
-    groups, frozen = _groups(model, overrides, embeddings)
-    if not groups:
-        raise ValueError("the model has no parameter to train: none requires a gradient")
+    groups, frozen = parameter_groups(model, embeddings=embeddings, overrides=overrides)
     optimizer = SGC(groups, **sgc_kwargs)
     for param in frozen:
         param.requires_grad_(False)
@@ -124,7 +120,13 @@ def _sketch_for(sgc_kwargs: Mapping[str, Any]) -> int:
     return max(1, int(chunk_size) // 8)
 
 
-def _check_overrides(overrides: Mapping[str, Override], embeddings: str) -> None:
+def check_overrides(overrides: Mapping[str, Override], embeddings: str) -> None:
+    """Check what can be checked without the model: the words, and the names of SGC's arguments.
+
+    Raises:
+        ValueError: an unknown word or argument.
+        TypeError: an override that is neither word nor dict.
+    """
     if embeddings not in EMBEDDINGS:
         raise ValueError(f"embeddings must be one of {', '.join(EMBEDDINGS)}, got {embeddings!r}")
     for key, override in overrides.items():
@@ -145,10 +147,24 @@ def _check_overrides(overrides: Mapping[str, Override], embeddings: str) -> None
                     )
 
 
-def _groups(
-    model: nn.Module, overrides: Mapping[str, Override], embeddings: str
+def parameter_groups(
+    model: nn.Module, *, embeddings: str = "compressed", overrides: Mapping[str, Override] | None = None
 ) -> tuple[list[dict[str, Any]], list[nn.Parameter]]:
-    """Sort the trained parameters by what holds for them; and those that an override freezes."""
+    """Sort the parameters of a model by what holds for them; the model is left as it is.
+
+    Args:
+        model: as for `create_sgc_optimizer`.
+        embeddings: as for `create_sgc_optimizer`.
+        overrides: as for `create_sgc_optimizer`.
+
+    Returns:
+        The groups, for SGC; and the parameters that are trained now and are to be frozen.
+
+    Raises:
+        ValueError: as `create_sgc_optimizer`.
+    """
+    overrides = dict(overrides or {})
+    check_overrides(overrides, embeddings)
     from transformers import Trainer
 
     decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # uses no self
@@ -180,12 +196,14 @@ def _groups(
         for options, decays, members in kinds
         if members
     ]
+    if not groups:
+        raise ValueError("the model has no parameter to train: none requires a gradient")
     return groups, frozen
 
 
 def _embedding_parameters(model: nn.Module) -> set[nn.Parameter]:
     """Give the parameters of all embeddings and of the head that predicts tokens, as far as the model names one."""
-    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    modules: list[Any] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         with contextlib.suppress(AttributeError, NotImplementedError):
             modules.append(getattr(model, getter)())
@@ -277,7 +295,7 @@ class SGCCallback(TrainerCallback):
         sgc/…: `SGC.stats()`, as far as seen; on every rank its own, of which the Trainer reports the main one's.
         sgc/memory/weights: bytes of all parameters, frozen ones too.
         sgc/memory/gradients: bytes of gradients at most held when the optimizer steps.
-        sgc/memory/optimizer_state: bytes of the optimizer's state.
+        sgc/memory/optimizer_state: bytes of the optimizer's state, compressed gradients included.
         sgc/memory/activations: on an accelerator, the peak of allocated memory since training began (its counter is
             reset then) less the three above, so whatever else is allocated is in it; on a CPU, where no allocator
             counts, the bytes that the forward pass of the model saves for backward, measured at one micro-batch after
@@ -297,7 +315,7 @@ class SGCCallback(TrainerCallback):
 
     def _start(self) -> None:
         self._optimizer: SGC | None = None
-        self._gradients = 0
+        self._gradients = self._sums = 0
         self._activations: _SavedForBackward | None = None
         self._errors: deque[float] = deque(maxlen=FAILED_PROBES)
         self._noise: tuple[float, dict[str, Any]] | None = None
@@ -330,6 +348,7 @@ class SGCCallback(TrainerCallback):
         """Measure the gradients while they are held."""
         if self._optimizer is not None:
             self._gradients = max(self._gradients, tensor_bytes(param.grad for param in kwargs["model"].parameters()))
+            self._sums = max(self._sums, _sums_held(self._optimizer))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Look at every probe of the recovery."""
@@ -349,7 +368,7 @@ class SGCCallback(TrainerCallback):
         """Add SGC's numbers to the log of a training loss."""
         if self._optimizer is None or logs is None or "loss" not in logs:
             return
-        found = self._optimizer.stats() | {f"memory/{n}": held for n, held in self._memory(kwargs["model"]).items()}
+        found = self._optimizer.stats() | {f"memory/{n}": held for n, held in self.memory(kwargs["model"]).items()}
         numbers = {f"sgc/{n}": float(value) for n, value in found.items() if value is not None and math.isfinite(value)}
         logs.update(numbers)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
@@ -392,22 +411,25 @@ class SGCCallback(TrainerCallback):
             "adamw_state_bytes": 8 * params,
             "compression_ratio": stats["compression_ratio"],
             "state_share": {name: held / max(1, sum(parts.values())) for name, held in parts.items() if held},
-            "memory": self._memory(model),
+            "memory": self.memory(model),
             "peak_memory_bytes": _peak_memory(_device(optimizer)),
             "skipped_tensors": int(stats["skipped_tensors"]),
             "stats": {name: value if math.isfinite(value) else None for name, value in stats.items()},
             "groups": [_described(group) for group in optimizer.param_groups],
         }
 
-    def _memory(self, model: nn.Module) -> dict[str, int | None]:
-        assert self._optimizer is not None
+    def memory(self, model: nn.Module) -> dict[str, int | None]:
+        """Give the bytes of weights, gradients, optimizer_state and activations, as in the logs; None: not measured."""
+        assert self._optimizer is not None  # found when training began
         weights, state = tensor_bytes(model.parameters()), self._optimizer.state_bytes()
+        state += self._sums - _sums_held(self._optimizer)  # at most held, as of the gradients
         device = _device(self._optimizer)
         if device.type == "cpu":
             activations = self._activations.bytes if self._activations is not None else None
         else:
             here = [param for param in model.parameters() if param.device == device]
-            held = tensor_bytes(here) + self._gradients + tensor_bytes(_state_tensors(self._optimizer), device)
+            held = tensor_bytes(here) + self._gradients + self._sums
+            held += tensor_bytes(_state_tensors(self._optimizer), device)
             activations = max(0, torch.accelerator.max_memory_allocated(device) - held)
         return {
             "weights": weights,
@@ -592,6 +614,11 @@ def _noise_error(group: Mapping[str, Any]) -> float:
 
 def _state_tensors(optimizer: SGC) -> Iterator[Tensor]:
     return (value for held in optimizer.state.values() for value in held.values() if isinstance(value, Tensor))
+
+
+def _sums_held(optimizer: SGC) -> int:
+    """Bytes of compressed gradients held now."""
+    return 0 if optimizer._compressor is None else optimizer._compressor.bytes()
 
 
 def _state_parts(optimizer: SGC) -> dict[str, int]:

@@ -56,13 +56,29 @@ def test_values_of_sgc_arguments_are_read_as_python_writes_them(text, value):
     assert type(sgc_value(text)) is type(value)
 
 
+def test_what_differs_by_module_is_read_from_json_or_yaml(tmp_path):
+    config = tmp_path / "a.yaml"
+    config.write_text(
+        "sgc_embeddings: dense\nsgc_compressed_gradients: true\n"
+        "sgc_overrides:\n  lm_head: {sketch_size: 64, lr: 1e-4, state_dtype: bfloat16}\n  q_proj: dense\n"
+    )
+    overrides = {"lm_head": {"sketch_size": 64, "lr": 1e-4, "state_dtype": torch.bfloat16}, "q_proj": "dense"}
+    expected = {"embeddings": "dense", "compressed_gradients": True, "overrides": overrides}
+    assert judged(str(config))[3] == expected
+    text = '{"lm_head": {"sketch_size": 64, "lr": 1e-4, "state_dtype": "bfloat16"}, "q_proj": "dense"}'
+    command = ["--sgc_embeddings", "dense", "--sgc_compressed_gradients", "--sgc_overrides", text]
+    assert judged(*command)[3] == expected
+
+
 def test_every_keyword_of_sgc_is_an_argument_and_none_has_a_default_here():
     import inspect
 
     from arguments import SGCArguments
     from sgc import SGC
+    from sgc.hf import create_sgc_optimizer
 
-    keywords = {p.name for p in inspect.signature(SGC).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    signatures = (inspect.signature(made).parameters.values() for made in (SGC, create_sgc_optimizer))
+    keywords = {p.name for parameters in signatures for p in parameters if p.kind is p.KEYWORD_ONLY}
     assert {f"sgc_{name}" for name in keywords} == set(vars(SGCArguments()))
     assert set(vars(SGCArguments()).values()) == {None}
 
@@ -82,6 +98,14 @@ def test_gradient_checkpointing_is_understood_by_its_old_name():
         (["--compare", "sgc"], "--compare must name optimizers other than 'sgc'"),
         (["--compare", "adamw@fast"], "got 'adamw@fast'"),
         (["--sgc_sparsity", "-1"], "sparsity must be .*-1"),
+        (["--sgc_chunk_size", "many"], "chunk_size must be a whole number or None, got 'many'"),
+        (["--sgc_embeddings", "sparse"], "embeddings must be one of compressed, dense, frozen, got 'sparse'"),
+        (["--sgc_compressed_gradients", "some"], "compressed_gradients must be true or false, got 'some'"),
+        (["--sgc_overrides", "lm_head"], "overrides must be a JSON object of modules, got 'lm_head'"),
+        (["--sgc_overrides", '{"lm_head": }'], "is not JSON: Expecting value"),
+        (["--sgc_overrides", '{"lm_head": {"sketch_size": -1}}'], "sketch_size must not be negative, got -1"),
+        (["--sgc_overrides", '{"lm_head": {"sketchsize": 1}}'], "'lm_head'.*did you mean 'sketch_size'"),
+        (["--sgc_overrides", '{"lm_head": 8}'], "'lm_head'.*must be a dict or one of"),
         (["--sgc_sparsity", "2", "--optim", "adamw"], "--sgc_sparsity is given, but no run uses sgc"),
         (["--model_name_or_path", "/no/such", "--output_dir", "new"], "model folder '/no/such' does not exist"),
         (["--dataset", "a.json"], "--output_dir must be given"),

@@ -93,6 +93,40 @@ def interrupt_at(step, number=signal.SIGINT):
     return on_step_begin
 
 
+def test_sgc_says_what_it_held_and_a_comparison_does_not(smoke):
+    summary = json.loads((smoke / "sgc_summary.json").read_text())
+    sgc, adamw = results(smoke)["runs"]
+    assert summary["memory"]["optimizer_state"] == sgc["memory"]["optimizer_state"]
+    assert summary["memory"]["gradients"] == sgc["memory"]["gradients"]
+    assert summary["stats"]["state_bytes"] == sgc["stats"]["state_bytes"]
+    assert any("sgc/memory/activations" in entry for entry in sgc["history"])
+    assert not any(name.startswith("sgc/") for entry in adamw["history"] for name in entry)
+    assert not (smoke / "compare-adamw" / "sgc_summary.json").exists()
+
+
+def test_every_argument_of_sgc_arrives(tmp_path):
+    overrides = '{"q_proj": {"sketch_size": 64, "lr": 1e-4}, "k_proj": "frozen"}'
+    options = ["--sgc_embeddings", "dense", "--sgc_compressed_gradients", "--sgc_overrides", overrides]
+    finetune.fine_tune(["--smoke", *options, "--weight_decay", "0.1", "--output_dir", str(tmp_path)])
+    summary = json.loads((tmp_path / "sgc_summary.json").read_text())
+    group_of = {name: group for group in summary["groups"] for name in group["names"]}
+    assert not any("k_proj" in name for name in group_of)
+    q_proj = group_of["model.layers.0.self_attn.q_proj.weight"]
+    assert (q_proj["sketch_size"], q_proj["initial_lr"], q_proj["weight_decay"]) == (64, 1e-4, 0.1)
+    up_proj, embeddings = (group_of[f"model.{name}.weight"] for name in ("layers.0.mlp.up_proj", "embed_tokens"))
+    assert (up_proj["sketch_size"], up_proj["initial_lr"]) == (32, 1e-3)  # a sketch, as compressed gradients need it
+    assert embeddings["min_size"] > up_proj["min_size"]
+    found = results(tmp_path)
+    held = found["runs"][0]["memory"]
+    assert held["gradients"] < 0.5 * held["weights"]  # of what is dense, and of nothing else
+    assert found["runs"][0]["after"]["loss"] < found["before"]["loss"]
+
+
+def test_an_override_of_no_module_is_refused_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match="'q_prj'.*matches no module of the model; the nearest are .*q_proj"):
+        finetune.fine_tune(["--smoke", "--sgc_overrides", '{"q_prj": "dense"}', "--output_dir", str(tmp_path)])
+
+
 # peft asks transformers for a name that will go
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
