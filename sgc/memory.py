@@ -31,6 +31,11 @@ def has_basis(shape: Sequence[int], group: Mapping[str, Any]) -> bool:
     return group["rank"] is not None and min(matrix_shape(tuple(shape))) > 1
 
 
+def is_doubly_compressed(shape: Sequence[int], group: Mapping[str, Any]) -> bool:
+    """Whether the state of a tensor holds a basis."""
+    return tensor_layout(shape, group) is not None and has_basis(shape, group)
+
+
 def state_schema(shape: Sequence[int], group: Mapping[str, Any]) -> Schema:
     """Name every tensor that the state of a tensor holds, with its shape and dtype.
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgc import memory, moments
+from sgc import memory, moments, sharded
 from sgc.arguments import check_group, check_param
 from sgc.codec.layout import Layout
 from sgc.codec.project import Projection, mix
@@ -218,7 +218,7 @@ class SGC(torch.optim.Optimizer):
             closure: evaluates the model again and returns the loss.
 
         Raises:
-            TypeError: a gradient in a sparse layout.
+            TypeError: a gradient in a sparse layout, or a parameter that is sharded in another way than FSDP2's.
         """
         loss = None
         if closure is not None:
@@ -227,16 +227,26 @@ class SGC(torch.optim.Optimizer):
         self._compare_ranks()
         if self._compressor is not None:
             self._compressor.collect()
+        ready: list[tuple[int, Tensor, Any, Any]]
         ready = [(number, p, p.grad, group) for number, p, group in self._numbered() if p.grad is not None]
-        for number, _, gradient, _ in ready:
+        for number, param, gradient, _ in ready:
             if gradient.layout is not torch.strided:
                 name = self._parameter_name(number)
                 raise TypeError(f"SGC needs dense gradients, {name} has one in layout {gradient.layout}")
+            if sharded.is_flattened(param):
+                raise TypeError(
+                    f"SGC needs the shapes of the tensors it trains, and FSDP1 has flattened "
+                    f"{self._parameter_name(number)}: use FSDP2, which is torch.distributed.fsdp.fully_shard, or "
+                    "fsdp_version: 2 in accelerate's configuration"
+                )
         self._steps += 1
         for group in self.param_groups:
             group["steps"] += 1
         self._probes = [] if self._probing else self._probes
+        ready = self._with_parts(ready)
         norms = _norms([gradient for _, _, gradient, _ in ready])
+        moving = (entry[2] for entry, norm in zip(ready, norms, strict=True) if math.isfinite(norm) and norm > 0)
+        sharded.reduce_sketches((part for part in moving if isinstance(part, sharded.Part)), self._projection)
         for (number, param, gradient, group), norm in zip(ready, norms, strict=True):
             if not math.isfinite(norm):
                 self._skipped += 1
@@ -244,6 +254,18 @@ class SGC(torch.optim.Optimizer):
                 self._update(number, param, gradient, group, moves=norm > 0)
         self._grad_norm = math.hypot(*(norm for norm in norms if not norm < 0))
         return loss
+
+    def _with_parts(self, ready: list[tuple[int, Tensor, Any, Any]]) -> list[tuple[int, Tensor, Any, Any]]:
+        """Put this rank's parts in the place of sharded gradients, their statistics summed over the ranks."""
+        parts = {}
+        for number, param, gradient, group in ready:
+            if sharded.is_sharded(param):
+                name = self._parameter_name(number)
+                shard = sharded.shard_of(param, group, name)
+                state = self._state_of(param, group)
+                parts[number] = sharded.Part(param, gradient, state, group, shard, name)
+        sharded.reduce_statistics(list(parts.values()))
+        return [(number, param, parts.get(number, gradient), group) for number, param, gradient, group in ready]
 
     def _compare_ranks(self) -> None:
         """Refuse, once, to train one model with ranks of several opinions."""
@@ -256,22 +278,31 @@ class SGC(torch.optim.Optimizer):
         return ((number, param, group) for number, (param, group) in enumerate(pairs))
 
     def _parameter_name(self, number: int) -> str:
-        names = [
-            name for group in self.param_groups for name in group.get("param_names", [None] * len(group["params"]))
-        ]
-        return names[number] or f"parameter {number}"
+        within = number
+        for group in self.param_groups:
+            if within < len(group["params"]):
+                return group["param_names"][within] if group.get("param_names") else f"parameter {number}"
+            within -= len(group["params"])
+        raise IndexError(number)
 
-    def _update(self, number: int, param: Tensor, gradient: Tensor, group: dict[str, Any], moves: bool) -> None:
+    def _update(self, number: int, param: Tensor, gradient: Any, group: dict[str, Any], moves: bool) -> None:
         """Update one tensor; without `moves`, only decay it."""
+        part = gradient if isinstance(gradient, sharded.Part) else None
         state, layout = self._state_of(param, group), memory.tensor_layout(param.shape, group)
+        own = param
+        if part is not None:
+            state, own, gradient = part.state, part.weight, part.gradient
         lr = float(group["lr"])
         decay = lr * group["weight_decay"]
         signed_lr = -lr if group["maximize"] else lr
-        weight = param if param.is_contiguous() else param.contiguous()
+        weight = own if own.is_contiguous() else own.contiguous()
         if moves:
             state["step"] += 1
-        generator = self._generator(number, param, group)
-        rounding = generator if group["stochastic_rounding"] else None
+        generator = rounding = self._generator(number, param, group)
+        if part is not None:
+            rounding = self._generator(number, param, group, part.stream)
+            generator = generator if part.cut else rounding
+        rounding = rounding if group["stochastic_rounding"] else None
         if not moves:
             apply_dense(weight, None, 0.0, decay, rounding)
         elif layout is None:
@@ -280,7 +311,11 @@ class SGC(torch.optim.Optimizer):
         else:
             scaled = signed_lr * moments.update_scale(param.numel(), layout.chunks, layout.chunk, group)
             projection = self._projection(group)
-            if memory.has_basis(param.shape, group):
+            if part is not None:
+                applied = part.apply(weight, projection, scaled, decay, generator, rounding)
+                if applied is not None:
+                    self._probe(param, applied[1], projection, group, applied[0])
+            elif memory.has_basis(param.shape, group):
                 dense, sparse = lowrank_update(gradient, state, layout, projection, group, generator)
                 apply_dense(weight, dense, scaled, decay, rounding)
                 self._probe(param, layout, projection, group, sparse)
@@ -296,12 +331,14 @@ class SGC(torch.optim.Optimizer):
                 sparse = compressed_update(gradient, state, layout, projection, group, generator)
                 apply_sparse(weight, layout, sparse, scaled, decay, rounding)
                 self._probe(param, layout, projection, group, sparse)
-        if weight is not param:
-            param.copy_(weight)
+        if weight is not own:
+            own.copy_(weight)
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state = self.state[param]
-        if not state:
+        if not state and sharded.is_sharded(param):
+            state.update(sharded.make_state(param, group, sharded.shard_of(param, group, "a parameter")))
+        elif not state:
             for name, (shape, dtype) in memory.state_schema(param.shape, group).items():
                 device = "cpu" if name == "step" else param.device
                 state[name] = torch.zeros(shape, dtype=dtype, device=device)
@@ -314,12 +351,15 @@ class SGC(torch.optim.Optimizer):
             number -= len(group["params"])
         raise IndexError(number)
 
-    def _generator(self, number: int, param: Tensor, group: dict[str, Any]) -> torch.Generator | None:
-        """Seed the stochastic rounding of one tensor's update, so that a resumed run draws the same."""
+    def _generator(self, number: int, param: Tensor, group: dict[str, Any], stream: int = 0) -> torch.Generator | None:
+        """Seed the stochastic rounding of one tensor's update, so that a resumed run draws the same.
+
+        What ranks hold of a sharded tensor differs in `stream`, so its rounding depends on the number of ranks.
+        """
         if param.dtype is not torch.bfloat16 and group["state_dtype"] != "bfloat16":
             return None
         seed = mix(mix(mix(group["seed"] & 0xFFFFFFFF) ^ number) ^ group["steps"])
-        return torch.Generator(param.device).manual_seed(seed)
+        return torch.Generator(param.device).manual_seed(mix(seed ^ mix(stream)) if stream else seed)
 
     def _projection(self, group: dict[str, Any]) -> Projection | None:
         key = (group["sketch_size"], group["seed"])
@@ -353,14 +393,14 @@ class SGC(torch.optim.Optimizer):
         """Say how the optimizer is doing; reading it costs one synchronization.
 
         Returns:
-            state_bytes: bytes held; compression_ratio: those over AdamW's 8 bytes per parameter; grad_norm: of the last
-            step; skipped_tensors: gradients left out so far because they were not finite; and from the first 16 chunks
-            of each tensor, at the last probed step (the first, and every tenth): recovery_error, the
-            share ‖y − A·u‖/‖y‖ of the sketches that the recovered update leaves unexplained; recovered_fraction, 1 −
-            its square; support_overlap, the share of recovered entries that the step before recovered too. What has not
-            been seen yet is nan.
+            state_bytes: bytes held; compression_ratio: those over AdamW's 8 bytes per parameter (where tensors are
+            sharded, both on this rank); grad_norm: of the last step; skipped_tensors: gradients left out so far because
+            they were not finite; and from the first 16 chunks of each tensor that this rank holds, at the last probed
+            step (the first, and every tenth): recovery_error, the share ‖y − A·u‖/‖y‖ of the sketches that the
+            recovered update leaves unexplained; recovered_fraction, 1 − its square; support_overlap, the share of
+            recovered entries that the step before recovered too. What has not been seen yet is nan.
         """
-        parameters = sum(param.numel() for _, param, _ in self._numbered())
+        parameters = sum(sharded.local(param).numel() for _, param, _ in self._numbered())
         held = self.state_bytes()
         probes = torch.stack([probe.cpu() for probe in self._probes]) if self._probes else torch.full((1, 3), math.nan)
         left, whole = probes[:, 0].sum().item(), probes[:, 1].sum().item()
@@ -378,7 +418,7 @@ class SGC(torch.optim.Optimizer):
     def state_bytes(self) -> int:
         """Count the bytes really held: every state tensor, A, compressed gradients, and what is kept for `stats`."""
         state = (value for held in self.state.values() for value in held.values() if isinstance(value, Tensor))
-        tensors = [*state, *self._supports.values(), *self._probes]
+        tensors = [*map(sharded.local, state), *self._supports.values(), *self._probes]
         held = sum(t.numel() * t.element_size() for t in tensors) + sum(p.bytes() for p in self._projections.values())
         return held + (0 if self._compressor is None else self._compressor.bytes())
 
@@ -388,7 +428,7 @@ class SGC(torch.optim.Optimizer):
         shared: dict[tuple[int, int], int] = {}
         for group in self.param_groups:
             shapes = [param.shape for param in group["params"]]
-            total += sum(memory.schema_bytes(memory.state_schema(shape, group)) for shape in shapes)
+            total += sum(_expected_bytes(param, group) for param in group["params"])
             key = (group["sketch_size"], group["seed"])
             shared[key] = max(shared.get(key, 0), memory.projection_bytes(shapes, group))
         return total + sum(shared.values())
@@ -415,12 +455,13 @@ class SGC(torch.optim.Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint; dtypes are kept as saved.
+        """Load a checkpoint; dtypes are kept as saved. Each rank takes its part of whole or otherwise sharded tensors.
 
         Raises:
             ValueError: the checkpoint is of another configuration, or holds a tensor of another shape; nothing has been
                 overwritten then.
         """
+        state_dict = _numbered_state(state_dict)
         pending = {number: held[PENDING] for number, held in state_dict["state"].items() if PENDING in held}
         if pending and self._compressor is None:
             raise ValueError(
@@ -432,11 +473,16 @@ class SGC(torch.optim.Optimizer):
         self._check_loadable(state_dict)
         super().load_state_dict(state_dict)
         # torch has cast every tensor of the state to the parameter's dtype: take the saved ones instead
-        for number, param, _ in self._numbered():
-            for name, value in state_dict["state"].get(number, {}).items():
+        for number, param, group in self._numbered():
+            saved = state_dict["state"].get(number, {})
+            if saved and sharded.is_sharded(param):
+                shard = sharded.shard_of(param, group, self._parameter_name(number))
+                self.state[param] = sharded.load_state(saved, param, group, shard)
+                continue
+            for name, value in saved.items():
                 if isinstance(value, Tensor):
                     device = "cpu" if name == "step" else param.device
-                    self.state[param][name] = value.detach().to(device=device, copy=True)
+                    self.state[param][name] = sharded.whole(value).detach().to(device=device, copy=True)
         if self._compressor is not None:
             self._compressor.restore(pending)
 
@@ -472,6 +518,24 @@ def _listed(params: Any) -> Any:
     return {**params, "params": list(params["params"])}
 
 
+def _numbered_state(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Number the parameters of a checkpoint, where torch.distributed.checkpoint has put their names."""
+    groups: list[dict[str, Any]] = []
+    numbers: dict[Any, int] = {}
+    for group in state_dict["param_groups"]:
+        first = len(numbers)
+        numbers |= {key: first + at for at, key in enumerate(group["params"])}
+        groups.append({**group, "params": list(range(first, len(numbers)))})
+    state = {numbers.get(key, key): held for key, held in state_dict["state"].items()}
+    return {**state_dict, "param_groups": groups, "state": state}
+
+
+def _expected_bytes(param: Tensor, group: dict[str, Any]) -> int:
+    if sharded.is_sharded(param):
+        return sharded.local_bytes(param, group, sharded.shard_of(param, group, "a parameter"))
+    return memory.schema_bytes(memory.state_schema(param.shape, group))
+
+
 def _overlap(index: Tensor, last: Tensor) -> Tensor:
     """Give the share of the positions (c, s'), ascending in each chunk, that are among the last ones (c, s')."""
     last = last.contiguous()
@@ -487,7 +551,9 @@ def _norms(gradients: list[Tensor]) -> list[float]:
     return torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()
 
 
-def _norm(gradient: Tensor) -> Tensor:
+def _norm(gradient: Any) -> Tensor:
+    if isinstance(gradient, sharded.Part):
+        return gradient.norm
     if isinstance(gradient, CompressedGradient):
         return gradient.step_norm()
     single = gradient.float() if gradient.dtype is torch.float64 else gradient

@@ -61,8 +61,21 @@ def compressed_update(
     if group["moments"] in moments.FACTORED:
         row, col = mean_squares(grid, layout)
         whitening = whiten_by(state, row, col, group["betas"][1], int(state["step"]))
+    return whitened_update(grid, whitening, state, layout, projection, group, generator)
+
+
+def whitened_update(
+    grid: Tensor,
+    whitening: Whitening | None,
+    state: dict[str, Any],
+    layout: Layout,
+    projection: Projection | None,
+    group: Mapping[str, Any],
+    generator: torch.Generator | None,
+) -> Update:
+    """Do the rest of `compressed_update`, given the gradient's grid and, where the rule whitens, by what."""
     if projection is None:
-        index, value = _select(grid, layout, whitening, group["recovered"] or layout.chunk, group["eps"])
+        index, value = select(grid, layout, whitening, group["recovered"] or layout.chunk, group["eps"])
         return Update(index, value, None)
     p, q = encode(grid, layout, whitening, projection, group)
     return sketched_update(p, q, state, layout, projection, group, generator)
@@ -147,7 +160,7 @@ def means(row: Tensor, col: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Turn the sums over rows and columns into means, in place, padding left out."""
     ragged = layout.rows * layout.cols - layout.numel  # a vector's last grid row ends early
     row /= layout.cols
-    row[-1] *= layout.cols / (layout.cols - ragged)
+    row[-1:] *= layout.cols / (layout.cols - ragged)
     col /= layout.rows
     if ragged and layout.rows > 1:
         col[-ragged:] *= layout.rows / (layout.rows - 1)
@@ -163,7 +176,7 @@ def whiten_by(
     return Whitening(a, b, None if busy.all() else busy)
 
 
-def _select(
+def select(
     grid: Tensor, layout: Layout, whitening: Whitening | None, sparsity: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Take the top entries of the (whitened) gradient of every chunk: index and value (c, s)."""
