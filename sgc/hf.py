@@ -173,7 +173,7 @@ def parameter_groups(
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(param, []).append(name)
 
-    kinds: list[tuple[dict[str, Any], bool, list[tuple[str, Tensor]]]] = [({}, True, []), ({}, False, [])]
+    kinds: list[tuple[dict[str, Any], bool, list[tuple[str, nn.Parameter]]]] = [({}, True, []), ({}, False, [])]
     frozen = []
     for param, known_as in names.items():
         if not param.requires_grad:
