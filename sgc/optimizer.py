@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from sgc.step import (
     lowrank_update,
     sketched_update,
 )
+from sgc.zero import Partition, Piece, Tools, find_pieces, on_cpu
 
 PENDING = "pending"  # in a checkpoint, beside the state of a tensor: its compressed gradient
 TUNABLE = ("betas", "eps", "weight_decay", "recovered", "recovery", "scale", "refresh_every", "maximize")
@@ -111,13 +113,15 @@ class SGC(torch.optim.Optimizer):
     def _start(self) -> None:
         """Make what is not part of a checkpoint."""
         self._projections: dict[tuple[int, int], Projection] = {}
-        self._supports: dict[Tensor, Tensor] = {}
+        self._supports: dict[Tensor | Piece, Tensor] = {}
         self._probes: list[Tensor] = []
         self._steps = 0
         self._grad_norm = math.nan
         self._skipped = 0
         self._compared = False
         self._compressor: Compressor | None = None
+        self._given: list[weakref.ref[Tensor]] = getattr(self, "_given", [])  # a sharding harness may replace them
+        self._partitions: dict[Tensor, Partition] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         compressor = getattr(self, "_compressor", None)  # torch's load_state_dict comes here too
@@ -175,6 +179,7 @@ class SGC(torch.optim.Optimizer):
         for number, param in enumerate(group["params"], start=sum(len(other["params"]) for other in self.param_groups)):
             check_param(param, number, group)
         super().add_param_group(group)
+        self._given += [weakref.ref(param) for param in self.param_groups[-1]["params"]]
 
     def attach(self, model: nn.Module) -> SGC:
         """Compress every gradient as soon as backward has made it, so that they never pile up.
@@ -239,6 +244,9 @@ class SGC(torch.optim.Optimizer):
                     f"{self._parameter_name(number)}: use FSDP2, which is torch.distributed.fsdp.fully_shard, or "
                     "fsdp_version: 2 in accelerate's configuration"
                 )
+        if any(self._partition(param) is not None for _, param, _, _ in ready):
+            self._step_partitions(ready)
+            return loss
         self._steps += 1
         for group in self.param_groups:
             group["steps"] += 1
@@ -254,6 +262,33 @@ class SGC(torch.optim.Optimizer):
                 self._update(number, param, gradient, group, moves=norm > 0)
         self._grad_norm = math.hypot(*(norm for norm in norms if not norm < 0))
         return loss
+
+    def _partition(self, param: Tensor) -> Partition | None:
+        """Give the pieces of a tensor that DeepSpeed has put in the place of others."""
+        if param not in self._partitions and not sharded.is_sharded(param):
+            given = [tensor() for tensor in self._given]
+            found = None if any(tensor is param for tensor in given) else find_pieces(param, given)
+            if found is None:
+                return None
+            self._partitions[param] = Partition(param, *found)
+            if "step" in self.state[param]:
+                self.state[param] = {}  # DeepSpeed's bf16 optimizer steps once before it says what lies where
+        return self._partitions.get(param)
+
+    def _step_partitions(self, ready: list[tuple[int, Tensor, Tensor, dict[str, Any]]]) -> None:
+        """Update DeepSpeed's partitions: it calls `step` once for each, with all others out of sight."""
+        for _, flat, gradient, group in ready:
+            partition = self._partition(flat)
+            if partition is None:
+                continue  # nothing but padding lies on this rank
+            group["steps"] += 1
+            if group["steps"] != self._steps:
+                self._steps = group["steps"]
+                self._probes = [] if self._probing else self._probes
+            lr = float(group["lr"])
+            signed_lr = -lr if group["maximize"] else lr
+            tools = Tools(signed_lr, lr * group["weight_decay"], self._projection(group), self._generator, self._probe)
+            self._skipped += partition.update(gradient, self.state[flat], group, tools)
 
     def _with_parts(self, ready: list[tuple[int, Tensor, Any, Any]]) -> list[tuple[int, Tensor, Any, Any]]:
         """Put this rank's parts in the place of sharded gradients, their statistics summed over the ranks."""
@@ -351,7 +386,9 @@ class SGC(torch.optim.Optimizer):
             number -= len(group["params"])
         raise IndexError(number)
 
-    def _generator(self, number: int, param: Tensor, group: dict[str, Any], stream: int = 0) -> torch.Generator | None:
+    def _generator(
+        self, number: int, param: Tensor, group: Mapping[str, Any], stream: int = 0
+    ) -> torch.Generator | None:
         """Seed the stochastic rounding of one tensor's update, so that a resumed run draws the same.
 
         What ranks hold of a sharded tensor differs in `stream`, so its rounding depends on the number of ranks.
@@ -361,7 +398,7 @@ class SGC(torch.optim.Optimizer):
         seed = mix(mix(mix(group["seed"] & 0xFFFFFFFF) ^ number) ^ group["steps"])
         return torch.Generator(param.device).manual_seed(mix(seed ^ mix(stream)) if stream else seed)
 
-    def _projection(self, group: dict[str, Any]) -> Projection | None:
+    def _projection(self, group: Mapping[str, Any]) -> Projection | None:
         key = (group["sketch_size"], group["seed"])
         if key[0] and key not in self._projections:
             self._projections[key] = Projection(*key)
@@ -372,7 +409,12 @@ class SGC(torch.optim.Optimizer):
         return self._steps == 1 or self._steps % PROBE_EVERY == 0
 
     def _probe(
-        self, param: Tensor, layout: Layout, projection: Projection | None, group: dict[str, Any], update: Update
+        self,
+        param: Tensor | Piece,
+        layout: Layout,
+        projection: Projection | None,
+        group: Mapping[str, Any],
+        update: Update,
     ) -> None:
         """Look at the recovery of the first chunks, at the first and every tenth step; note the supports before."""
         index, value = update.index[:PROBED_CHUNKS], update.value[:PROBED_CHUNKS]
@@ -400,7 +442,8 @@ class SGC(torch.optim.Optimizer):
             recovered update leaves unexplained; recovered_fraction, 1 − its square; support_overlap, the share of
             recovered entries that the step before recovered too. What has not been seen yet is nan.
         """
-        parameters = sum(sharded.local(param).numel() for _, param, _ in self._numbered())
+        tensors = {id(param): param for param in (*(param for _, param, _ in self._numbered()), *self._partitions)}
+        parameters = sum(sharded.local(param).numel() for param in tensors.values())
         held = self.state_bytes()
         probes = torch.stack([probe.cpu() for probe in self._probes]) if self._probes else torch.full((1, 3), math.nan)
         left, whole = probes[:, 0].sum().item(), probes[:, 1].sum().item()
@@ -481,7 +524,7 @@ class SGC(torch.optim.Optimizer):
                 continue
             for name, value in saved.items():
                 if isinstance(value, Tensor):
-                    device = "cpu" if name == "step" else param.device
+                    device = "cpu" if on_cpu(name) else param.device
                     self.state[param][name] = sharded.whole(value).detach().to(device=device, copy=True)
         if self._compressor is not None:
             self._compressor.restore(pending)
@@ -501,6 +544,10 @@ class SGC(torch.optim.Optimizer):
         for number, param, group in self._numbered():
             saved = state_dict["state"].get(number)
             if not saved:
+                continue
+            partition = self._partition(param)
+            if partition is not None:
+                partition.check_state(saved, group)
                 continue
             expected = {name: shape for name, (shape, _) in memory.state_schema(param.shape, group).items()}
             found = {name: tuple(value.shape) for name, value in saved.items() if isinstance(value, Tensor)}
