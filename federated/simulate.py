@@ -1,0 +1,348 @@
+"""Many rounds on one machine: memory, progress, rows, checkpoints, bit-equal resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from federated.device import LocalTraining, saved_bytes
+from federated.downlink import Downlink, IdealDownlink, Memory
+from federated.draws import Draws
+from federated.metrics import Row, evaluate
+from federated.round import World, play
+from federated.server import Server
+from federated.uplink import IdealUplink, Uplink
+
+MOST_AT_ONCE = 256  # devices in one batched call at most: more gain nothing
+_VECTORS_AT_ONCE = 8  # vectors of d numbers that a device in a block needs: θ̂, θ, Δ, gradients, gains, symbols
+
+
+class Simulation:
+    """Play rounds of federated learning over simulated radio links.
+
+    The same seed gives the same run, bit for bit on one machine, also when it was killed and resumed.
+
+    Args:
+        training: the model and what every device does with it.
+        data: columns (N, …), "labels" among them: the rows of all devices.
+        parts: M arrays of rows, one for each device; see `federated.partition`.
+        test: columns to evaluate on, or None.
+        downlink: server → devices.
+        uplink: devices → server.
+        server_lr: of the server's step.
+        server_momentum: β of FedAvgM; 0: FedAvg.
+        asked: devices asked in a round; None: all.
+        late: probability that a device misses a round.
+        seed: of every random number.
+        devices_at_once: in memory together; None: as many as `memory_limit` holds, 256 at most. Sums in another order
+            round differently: resume with the same number.
+        memory_limit: bytes for the devices of a block; and what is remembered is memory-mapped where it needs more.
+        most_skipped: rounds in a row without an update after which the run ends.
+        evaluate_every: rounds between evaluations; the last round is evaluated too.
+        output_dir: for rows.jsonl, the checkpoint and memory-mapped files; None: nothing is written.
+        checkpoint_every: rounds between checkpoints; 0: none.
+
+    Raises:
+        ValueError: a number out of range, an empty device, labels missing, or more participants than devices.
+    """
+
+    def __init__(
+        self,
+        training: LocalTraining,
+        data: Mapping[str, Tensor],
+        parts: Sequence[np.ndarray[Any, Any] | Tensor],
+        *,
+        test: Mapping[str, Tensor] | None = None,
+        downlink: Downlink | None = None,
+        uplink: Uplink | None = None,
+        server_lr: float = 1.0,
+        server_momentum: float = 0.0,
+        asked: int | None = None,
+        late: float = 0.0,
+        seed: int = 0,
+        devices_at_once: int | None = None,
+        memory_limit: int = 1 << 30,
+        most_skipped: int = 10,
+        evaluate_every: int = 1,
+        output_dir: str | Path | None = None,
+        checkpoint_every: int = 0,
+    ) -> None:
+        tensors = [torch.as_tensor(part) for part in parts]
+        _check(data, tensors, asked, late, most_skipped, evaluate_every)
+        self.test, self.most_skipped, self.evaluate_every = test, most_skipped, evaluate_every
+        self.checkpoint_every, self.memory_limit = checkpoint_every, memory_limit
+        self.output_dir = None if output_dir is None else Path(output_dir)
+        self._mapped: dict[str, Path] = {}
+        self.number, self.skipped_in_a_row, self.ended = 0, 0, ""
+        flat = training.flat
+        downlink, uplink = downlink or IdealDownlink(), uplink or IdealUplink()
+        theta = flat.read(training.model)
+        theta_hat = self._remember("theta_hat", downlink.memory_rows(len(parts)), flat.size)
+        if theta_hat is not None:
+            for row in theta_hat:  # every device knows where training starts
+                row.copy_(theta)
+        self.world = World(
+            server=Server(theta, lr=server_lr, momentum=server_momentum),
+            training=training,
+            downlink=downlink,
+            uplink=uplink,
+            data=data,
+            parts=tensors,
+            draws=Draws((seed,)),
+            theta_hat=theta_hat,
+            error=self._remember("error", uplink.memory_rows(len(parts)), flat.size),
+            asked=asked,
+            late=late,
+        )
+        self.world.devices_at_once = devices_at_once or self._fitting_devices()
+
+    @property
+    def theta(self) -> Tensor:
+        """θ (d,)."""
+        return self.world.server.theta
+
+    def model(self) -> torch.nn.Module:
+        """Give the model with the present θ written into it."""
+        self.world.training.flat.write(self.theta, self.world.training.model)
+        return self.world.training.model
+
+    def run(self, rounds: int, *, progress: bool = True) -> Iterator[dict[str, Any]]:
+        """Play rounds up to number `rounds`, yielding a row for each.
+
+        A row has the fields of `federated.metrics.Row`, "seconds" of the round, and after an evaluation "loss" and
+        "accuracy" on the test data. After `most_skipped` rounds in a row without an update the run ends, and `ended`
+        says why.
+        """
+        self.ended = ""
+        with tqdm(total=rounds, initial=self.number, desc="rounds", disable=not progress) as bar:
+            while self.number < rounds and not self.ended:
+                row = self.step(last=self.number + 1 == rounds)
+                bar.update()
+                bar.set_postfix({k: f"{row[k]:.3f}" for k in ("train_loss", "accuracy") if row.get(k) is not None})
+                yield row
+            if self.output_dir is not None and self.checkpoint_every:
+                self.save()
+
+    def step(self, *, last: bool = False) -> dict[str, Any]:
+        """Play one round, evaluate and save where it is time, and give its row."""
+        start = time.perf_counter()
+        self.number += 1
+        row = play(self.world, self.number)
+        self._count_skipped(row)
+        content = dataclasses.asdict(row) | {"seconds": time.perf_counter() - start}
+        if self.test is not None and (last or self.ended or self.number % self.evaluate_every == 0):
+            content |= evaluate(self.model(), self.test)
+        if self.output_dir is not None:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            if self.number == 1:
+                self._clear(self.output_dir)
+            with open(self.output_dir / "rows.jsonl", "a") as file:
+                file.write(json.dumps(content) + "\n")
+            if self.checkpoint_every and self.number % self.checkpoint_every == 0:
+                self.save()
+        return content
+
+    def _clear(self, folder: Path) -> None:
+        """Take away what another run has left: its rows and checkpoints are not this one's."""
+        (folder / "rows.jsonl").unlink(missing_ok=True)
+        for old in [*_checkpoints(folder), *folder.glob(".checkpoint-*")]:
+            shutil.rmtree(old)
+
+    def _count_skipped(self, row: Row) -> None:
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if row.skipped else 0
+        if self.skipped_in_a_row >= self.most_skipped:
+            self.ended = f"{self.skipped_in_a_row} rounds in a row brought no update, the last because {row.skipped}"
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def save(self) -> Path:
+        """Write everything that the next round depends on, whole or not at all.
+
+        Returns:
+            The checkpoint's folder, `checkpoint-N` in `output_dir`.
+        """
+        if self.output_dir is None:
+            raise RuntimeError("a checkpoint needs an output_dir, got None")
+        target = self.output_dir / f"checkpoint-{self.number:08d}"
+        if target.exists():
+            return target
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=self.output_dir))
+        memories = {name: memory for name, memory in self._memories().items() if memory is not None}
+        torch.save(
+            {
+                "round": self.number,
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "describes": self._describe(),
+                "server": self.world.server.state(),
+                "uplink": self.world.uplink.state(),
+                "memories": {name: memory for name, memory in memories.items() if name not in self._mapped},
+            },
+            fresh / "state.pt",
+        )
+        for name, path in self._mapped.items():
+            shutil.copyfile(path, fresh / f"{name}.bin")
+        for path in fresh.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        fresh.chmod(0o755)
+        fresh.rename(target)
+        for old in _checkpoints(self.output_dir)[:-1]:
+            shutil.rmtree(old)
+        for left in self.output_dir.glob(".checkpoint-*"):  # of a run that was killed
+            shutil.rmtree(left)
+        return target
+
+    def resume(self) -> int:
+        """Go back to the last checkpoint in `output_dir`; rows of later rounds are taken out of rows.jsonl.
+
+        Returns:
+            The number of the round it was made after; 0 where there is none.
+
+        Raises:
+            ValueError: the checkpoint is of another model, other links or another number of devices.
+        """
+        if self.output_dir is None:
+            raise RuntimeError("to resume needs an output_dir, got None")
+        found = _checkpoints(self.output_dir)
+        state: dict[str, Any] = {"round": 0}
+        if found:
+            state = torch.load(found[-1] / "state.pt", weights_only=True)
+            differing = [k for k, v in self._describe().items() if state["describes"].get(k) != v]
+            if differing:
+                name = differing[0]
+                raise ValueError(
+                    f"the checkpoint {found[-1]} is of another run: {name} was {state['describes'].get(name)!r}, "
+                    f"now {self._describe()[name]!r}"
+                )
+            self.skipped_in_a_row = state["skipped_in_a_row"]
+            self.world.server.load_state(state["server"])
+            self.world.uplink.load_state(state["uplink"])
+            for name, memory in self._memories().items():
+                if memory is not None:
+                    path = found[-1] / f"{name}.bin"
+                    memory.copy_(_map(path, memory.shape, write=False) if path.exists() else state["memories"][name])
+        self.number = int(state["round"])
+        _keep_rows(self.output_dir / "rows.jsonl", self.number)
+        return self.number
+
+    def _describe(self) -> dict[str, Any]:
+        world = self.world
+        return {
+            "num_devices": len(world.parts),
+            "size": world.training.flat.size,
+            "steps": world.training.steps,
+            "batch_size": world.training.batch_size,
+            "downlink": type(world.downlink).__name__,
+            "uplink": type(world.uplink).__name__,
+            "seed": world.draws.path[0],
+            "devices_at_once": world.devices_at_once,
+        }
+
+    # ------------------------------------------------------------------------------------------ memory
+
+    def _memories(self) -> dict[str, Memory]:
+        return {"theta_hat": self.world.theta_hat, "error": self.world.error}
+
+    def _remember(self, name: str, rows: int, size: int) -> Memory:
+        """Make zeros (rows, size), in a file where they are large."""
+        if not rows:
+            return None
+        if 4 * rows * size <= self.memory_limit:
+            return torch.zeros(rows, size)
+        if self.output_dir is None:
+            folder = Path(tempfile.mkdtemp(prefix="federated-"))
+            weakref.finalize(self, shutil.rmtree, folder)
+        else:
+            folder = self.output_dir / "memory"
+            folder.mkdir(parents=True, exist_ok=True)
+        path = self._mapped[name] = folder / f"{name}.bin"
+        with open(path, "wb") as file:
+            file.truncate(4 * rows * size)
+        return _map(path, torch.Size((rows, size)), write=True)
+
+    def _fitting_devices(self) -> int:
+        world = self.world
+        largest = max(range(len(world.parts)), key=lambda device: len(world.parts[device]))
+        batches = world.training.batches(world.data, world.parts, [largest], world.draws)
+        batch = sum(column.numel() * column.element_size() for column in batches.at(0).values())
+        vectors = _VECTORS_AT_ONCE * 4 * world.training.flat.size
+        each = vectors + 2 * batch + 3 * saved_bytes(world.training, batches)
+        return max(1, min(MOST_AT_ONCE, len(world.parts), self.memory_limit // each))
+
+
+def tensors_of(dataset: Any, columns: Sequence[str]) -> dict[str, Tensor]:
+    """Read columns of a `datasets.Dataset` into memory as tensors, of floats as fp32.
+
+    Raises:
+        ValueError: a column is missing, or its rows are not of one size.
+    """
+    out = {}
+    for name in columns:
+        if name not in dataset.column_names:
+            raise ValueError(f"the data have no column {name!r}, only {', '.join(dataset.column_names)}")
+        try:
+            values = torch.as_tensor(np.asarray(dataset.with_format("numpy")[name][:]))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the rows of column {name!r} must be numbers of one shape") from error
+        out[name] = values.float() if values.is_floating_point() else values.long()
+    return out
+
+
+def _map(path: Path, shape: torch.Size, *, write: bool) -> Tensor:
+    return torch.from_file(str(path), shared=write, size=shape.numel(), dtype=torch.float32).view(shape)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*")) if folder.is_dir() else []
+
+
+def _keep_rows(path: Path, number: int) -> None:
+    """Rewrite a file of rows without those after a round, and without a line that was cut off."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["round"] <= number]
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text("".join(kept))
+    os.replace(fresh, path)
+
+
+def _check(
+    data: Mapping[str, Tensor],
+    parts: Sequence[Tensor],
+    asked: int | None,
+    late: float,
+    most_skipped: int,
+    evaluate_every: int,
+) -> None:
+    if "labels" not in data:
+        raise ValueError(f"the data need a column 'labels', got {', '.join(data)}")
+    rows = len(data["labels"])
+    if not parts:
+        raise ValueError("at least one device is needed, got none")
+    for device, part in enumerate(parts):
+        if not len(part):
+            raise ValueError(f"no device may be empty, device {device} of {len(parts)} is")
+        if int(part.min()) < 0 or int(part.max()) >= rows:
+            raise ValueError(f"rows of device {device} must be in [0, {rows - 1}], got {int(part.max())}")
+    if asked is not None and not 1 <= asked <= len(parts):
+        raise ValueError(f"participants must be in [1, num_devices={len(parts)}], got {asked}")
+    if not 0 <= late < 1:
+        raise ValueError(f"late must be in [0, 1), got {late}")
+    for name, value in (("most_skipped", most_skipped), ("evaluate_every", evaluate_every)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
