@@ -179,9 +179,11 @@ class ArrayFeatures:
 
     def embed(self, rows: Sequence[Any]) -> Tensor:
         """Stack vectors."""
+        import numpy as np
+
         try:
-            x = torch.stack([torch.as_tensor(row, dtype=torch.float32).reshape(-1) for row in rows])
-        except (RuntimeError, TypeError, ValueError) as error:
+            x = torch.from_numpy(np.stack([np.asarray(row, dtype=np.float32).reshape(-1) for row in rows]))
+        except (TypeError, ValueError) as error:
             raise ValueError(f"rows must be vectors of {self.encoder.dimension} numbers: {error}") from None
         return _unit(x) if self.encoder.normalize else x
 
@@ -377,6 +379,64 @@ def _numbers_of(config: Any) -> dict[str, Any]:
     """Give the part of a model's configuration that decides about its numbers."""
     passing = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "id2label", "label2id")
     return {name: value for name, value in config.to_dict().items() if name not in passing}
+
+
+def make_extractor(name: str, *, dimension: int | None = None, normalize: bool = True, **options: Any) -> Extractor:
+    """Make the extractor of a name: "pixels" or "pixels:SIZE", "vectors" (as they are), else a Hugging Face encoder.
+
+    Args:
+        name: of the extractor.
+        dimension: of "vectors".
+        normalize: scale rows to unit norm.
+        options: of `HuggingFaceFeatures`.
+
+    Raises:
+        ValueError: a size that is no number, or "vectors" without a dimension.
+    """
+    if re.fullmatch(r"pixels(:\d{1,4})?", name):
+        return PixelFeatures(int(name.partition(":")[2] or 28), normalize=normalize)
+    if name == "vectors":
+        if dimension is None:
+            raise ValueError("vectors need a dimension")
+        return ArrayFeatures(dimension, normalize=normalize)
+    return HuggingFaceFeatures(name, normalize=normalize, **options)
+
+
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+def open_rows(source: str, split: str = "train") -> Iterable[Any]:
+    """Open a data set: a file, a folder of images, or a name on the hub; files of text and tables are streamed.
+
+    Args:
+        source: a `json`, `jsonl`, `csv`, `tsv`, `parquet` or `txt` file, vectors in `npy`, a folder, or a name.
+        split: of a data set on the hub or in a folder.
+
+    Raises:
+        ValueError: a file that isn't there or of an unknown kind.
+    """
+    path = Path(source).expanduser()
+    if path.suffix == ".npy":
+        import numpy as np
+
+        if not path.is_file():
+            raise ValueError(f"the data file '{source}' does not exist")
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ImportError("data sets need datasets: pip install 'sgc[federated]'") from None
+    if path.is_dir():
+        return load_dataset("imagefolder", data_dir=str(path), split=split)
+    if path.suffix in BUILDERS:
+        if not path.is_file():
+            raise ValueError(f"the data file '{source}' does not exist")
+        options = {"sep": "\t", "quoting": 3} if path.suffix == ".tsv" else {}
+        builder = BUILDERS[path.suffix]
+        return load_dataset(builder, data_files=str(path), split="train", streaming=True, **options)
+    if path.suffix and path.exists():
+        raise ValueError(f"data must be one of {', '.join(BUILDERS)}, .npy, a folder or a name, got '{source}'")
+    return load_dataset(source, split=split)
 
 
 class GradientFeatures:

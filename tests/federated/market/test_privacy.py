@@ -76,12 +76,12 @@ def test_the_noise_is_as_large_as_its_formula_and_does_not_look_at_the_data() ->
     generator = torch.Generator().manual_seed(0)
     for x in (rows(n, 0), torch.zeros(n, 24)):
         moments = moments_along(next(p.clipped([x], clip)), v)
-        noisy = [p.add_noise(moments, clip, ratio, known_energy=False, generator=generator) for _ in range(4000)]
+        noisy = [p.add_noise(moments, clip, ratio, known_energy=False, generator=generator) for _ in range(2000)]
         clean = released(moments, clip, False)
         spread = torch.stack([released(m, clip, False) - clean for m in noisy])[:, :-1]  # the energy is held positive
         scale = 2 * math.sqrt(3) / n / ratio
-        # 4000 draws of each of 20 numbers know a standard deviation to 1/√8000 = 1.1 %; 4.9 of those
-        torch.testing.assert_close(spread.std(0), torch.full((20,), scale).double(), rtol=0.055, atol=0)
+        # 2000 draws of each of 20 numbers know a standard deviation to 1/√4000 = 1.6 %; 4.9 of those
+        torch.testing.assert_close(spread.std(0), torch.full((20,), scale).double(), rtol=0.078, atol=0)
         assert noisy[0].mean_noise == pytest.approx(scale * clip)
         assert noisy[0].second_noise == pytest.approx(scale * clip**2)
         assert torch.equal(noisy[0].second, noisy[0].second.T)

@@ -1,0 +1,235 @@
+"""The command `sgc-market`: a buyer makes a query, sellers answer it, the buyer ranks the answers.
+
+    sgc-market query mine.jsonl --encoder MODEL --column text --query query.safetensors --key buyer.key
+    sgc-market answer query.safetensors theirs.csv --encoder MODEL --column text --name "seller A" --out a.json
+    sgc-market rank --key buyer.key a.json b.json c.json
+
+The query goes to every seller, by e-mail if need be; the key stays with the buyer; nothing but `a.json` comes back.
+MODEL is a Hugging Face encoder for text or images, `pixels`, `pixels:SIZE`, or `vectors` for `.npy` files.
+With two keys of the same data the honesty of sellers that answered both queries is tested better.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from federated.market import honesty
+from federated.market.features import ArrayFeatures, Extractor, batches, features, make_extractor, open_rows
+from federated.market.privacy import Ledger, private_answer
+from federated.market.query import DECOYS, DIRECTIONS, BuyerKey, BuyerQuery, SellerResponse, _write, answer, make_query
+from federated.market.rank import MEASURES, Portfolio, Ranked, portfolio, rank
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0, or 2 after a sentence on stderr."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"sgc-market: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "sgc-market", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(required=True, metavar="query|answer|rank")
+
+    query = commands.add_parser("query", help="make a query of the buyer's rows, and its key", allow_abbrev=False)
+    _add_data(query)
+    query.add_argument(
+        "--query", type=Path, default=Path("query.safetensors"), help="file to send (default %(default)s)"
+    )
+    query.add_argument("--key", type=Path, default=Path("buyer.key"), help="to keep (default %(default)s)")
+    query.add_argument("--directions", type=int, default=DIRECTIONS, help="leading eigenvectors (default %(default)s)")
+    query.add_argument("--decoys", type=int, default=DECOYS, help="directions that mean nothing (default %(default)s)")
+    query.set_defaults(run=_query)
+
+    reply = commands.add_parser("answer", help="answer a query with a seller's rows", allow_abbrev=False)
+    reply.add_argument("query", type=Path, help="the buyer's file")
+    _add_data(reply)
+    reply.add_argument("--name", required=True, help="of the seller")
+    reply.add_argument("--out", type=Path, default=Path("response.json"), help="file to send (default %(default)s)")
+    reply.add_argument("--epsilon", type=float, help="of differential privacy; without it, no noise is added")
+    reply.add_argument("--delta", type=float, default=1e-6, help="of differential privacy (default %(default)s)")
+    reply.add_argument("--clip", type=float, default=1.0, help="largest norm of a row (default %(default)s)")
+    reply.add_argument("--ledger", type=Path, help="file that adds up what all answers spent")
+    reply.add_argument("--budget", type=float, help="epsilon of all answers in the ledger (default: --epsilon)")
+    reply.set_defaults(run=_answer)
+
+    ranking = commands.add_parser("rank", help="rank sellers by their answers", allow_abbrev=False)
+    ranking.add_argument("responses", type=Path, nargs="+", help="the sellers' files")
+    ranking.add_argument("--key", type=Path, action="append", required=True, help="the buyer's file; up to two")
+    ranking.add_argument("--by", choices=list(MEASURES), default="relevance", help="(default %(default)s)")
+    ranking.add_argument("--confidence", type=float, default=0.95, help="of all ranks together (default %(default)s)")
+    ranking.add_argument("--budget", type=float, help="choose sellers that complement each other for this much")
+    ranking.add_argument("--price", action="append", default=[], metavar="NAME=NUMBER", help="of a seller (default 1)")
+    ranking.add_argument("--json", type=Path, help="write the result here, too")
+    ranking.set_defaults(run=_rank)
+    return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", help="a file (json, jsonl, csv, tsv, parquet, txt, npy), a folder of images, or a name")
+    parser.add_argument("--encoder", required=True, help="Hugging Face name or folder, pixels, pixels:SIZE or vectors")
+    parser.add_argument("--column", help="of the data, to be embedded")
+    parser.add_argument("--split", default="train", help="of the data (default %(default)s)")
+    parser.add_argument("--revision", help="of the encoder on the hub")
+    parser.add_argument("--pooling", help="of the encoder (default: its own)")
+    parser.add_argument("--cache", type=Path, help="folder where embeddings are kept")
+    parser.add_argument("--device", default="cpu", help="for the encoder (default %(default)s)")
+
+
+def _open(args: argparse.Namespace) -> tuple[Extractor, dict[str, Any]]:
+    rows = open_rows(args.data, args.split)
+    if args.encoder == "vectors":
+        shape = getattr(rows, "shape", None)
+        if shape is None or len(shape) != 2:
+            raise ValueError(f"vectors must come as a (rows, dimension) .npy file, got '{args.data}'")
+        extractor: Extractor = ArrayFeatures(shape[1])
+    else:
+        options = {"revision": args.revision, "pooling": args.pooling, "device": args.device}
+        extractor = make_extractor(args.encoder, **options)
+    return extractor, {
+        "dataset": rows,
+        "columns": args.column,
+        "cache": args.cache,
+        "progress": sys.stderr.isatty(),
+    }
+
+
+def _query(args: argparse.Namespace) -> None:
+    extractor, options = _open(args)
+    x = features(extractor, **options)
+    query, key = make_query(x, extractor.encoder, directions=args.directions, decoys=args.decoys)
+    key.save(args.key)
+    query.save(args.query)
+    print(
+        f"{args.query}: {query.directions.shape[1]} directions, made of {len(x)} rows, to send\n"
+        f"{args.key}: the key to the answers, to keep"
+    )
+
+
+def _answer(args: argparse.Namespace) -> None:
+    query = BuyerQuery.load(args.query)
+    extractor, options = _open(args)
+    query.encoder.check(extractor.encoder)  # before hours of embedding
+    stream = batches(extractor, **options)
+    if args.epsilon is None:
+        if args.ledger or args.budget:
+            raise ValueError("--ledger and --budget need --epsilon")
+        response = answer(query, stream, extractor.encoder, args.name)
+    else:
+        ledger = None
+        if args.ledger:
+            ledger = Ledger(args.ledger, epsilon=args.budget or args.epsilon, delta=args.delta)
+        response = private_answer(
+            query,
+            stream,
+            extractor.encoder,
+            args.name,
+            epsilon=args.epsilon,
+            delta=args.delta,
+            clip=args.clip,
+            ledger=ledger,
+        )
+    response.save(args.out)
+    spent = "" if args.epsilon is None else f", (ε, δ) = ({args.epsilon:g}, {args.delta:g})"
+    print(f"{args.out}: {len(response.moments.mean)} directions over {response.moments.rows} rows{spent}, to send")
+
+
+def _rank(args: argparse.Namespace) -> None:
+    keys = {key.query: key for key in map(BuyerKey.load, args.key)}
+    found: dict[str, dict[str, SellerResponse]] = {query: {} for query in keys}
+    for response in map(SellerResponse.load, args.responses):
+        if response.query not in found:
+            raise ValueError(f"{response.seller!r} answers a query that no --key belongs to, or an altered one")
+        if response.seller in found[response.query]:
+            raise ValueError(f"two files answer the same query in the name of {response.seller!r}")
+        found[response.query][response.seller] = response
+    key, *others = keys.values()
+    answers = found[key.query]
+    findings = {name: honesty.audit(key, response) for name, response in answers.items()}
+    for other in others:
+        for name, response in found[other.query].items():
+            findings.setdefault(name, []).extend(honesty.audit(other, response))
+            if name in answers:
+                findings[name].append(honesty.audit_pair((key, answers[name]), (other, response)))
+    sellers = {name: key.seller(response) for name, response in answers.items()}
+    ranked = rank(key.buyer(), sellers, by=args.by, confidence=args.confidence)
+    bought = None
+    if args.budget is not None:
+        prices = {**dict.fromkeys(sellers, 1.0), **_prices(args.price, sellers)}
+        bought = portfolio(key.buyer(), sellers, budget=args.budget, prices=prices)
+    if args.json:
+        _write(args.json, json.dumps(record(ranked, findings, bought), indent=1).encode())
+    print(table(ranked, findings))
+    if bought is not None:
+        print(describe(bought))
+
+
+def _prices(texts: list[str], sellers: dict[str, Any]) -> dict[str, float]:
+    prices = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        try:
+            prices[name] = float(number)
+        except ValueError:
+            raise ValueError(f"--price takes NAME=NUMBER, got {text!r}") from None
+        if name not in sellers:
+            raise ValueError(f"--price must name one of {', '.join(sellers)}, got {name!r}")
+    return prices
+
+
+def table(ranked: Sequence[Ranked], findings: dict[str, list[honesty.Finding]]) -> str:
+    """Lay out a ranking, one seller in a line, with what its audit found."""
+    width = max(len("seller"), *(len(r.seller) for r in ranked))
+    lines = [f"rank        {'seller':{width}}  relevance      diversity      volume   rows"]
+    for r in ranked:
+        doubts = "; ".join(f.sentence for f in findings.get(r.seller, []) if f.suspicious)
+        lines.append(
+            f"{r.rank:>4} {f'{r.rank_low}–{r.rank_high}':<6} {r.seller:{width}}  "
+            f"{r.relevance.value:.3f} ± {r.relevance.standard_error:.3f}  "
+            f"{r.diversity.value:.3f} ± {r.diversity.standard_error:.3f}  "
+            f"{r.volume:6.2f} {r.rows:>7}" + (f"  ! {doubts}" if doubts else "")
+        )
+    return "\n".join(lines)
+
+
+def describe(bought: Portfolio) -> str:
+    """Say what to buy."""
+    names = ", then ".join(f"{name} (+{gain:.2f})" for name, gain in zip(bought.sellers, bought.gains, strict=True))
+    return (
+        f"buy {names or 'nothing'}: {bought.value:.2f} nats for {bought.cost:g}; no other choice has more than "
+        f"{bought.at_most:.2f}"
+    )
+
+
+def record(
+    ranked: Sequence[Ranked], findings: dict[str, list[honesty.Finding]], bought: Portfolio | None = None
+) -> dict[str, Any]:
+    """Give the result as plain values, for JSON."""
+    return {
+        "ranking": [
+            {
+                **asdict(r),
+                "relevance": r.relevance._asdict(),
+                "diversity": r.diversity._asdict(),
+                "audit": [asdict(f) for f in findings.get(r.seller, [])],
+            }
+            for r in ranked
+        ],
+        "portfolio": None if bought is None else asdict(bought),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
