@@ -368,7 +368,7 @@ def answers(job: Job, trainer: Trainer) -> list[str]:
     model.eval()
     found: list[str] = []
     size = trainer.args.per_device_eval_batch_size
-    with PartialState().split_between_processes(job.prompts) as mine:
+    with PartialState().split_between_processes(job.prompts, apply_padding=True) as mine:  # ZeRO-3 waits for all
         for start in tqdm(range(0, len(mine), size), desc="answering", leave=False, disable=trainer.args.disable_tqdm):
             batch = [ids for ids, *_ in mine[start : start + size]]
             width = max(map(len, batch))
@@ -379,7 +379,7 @@ def answers(job: Job, trainer: Trainer) -> list[str]:
                     input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
                 )
             found += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-    return gather_object(found) if PartialState().num_processes > 1 else found
+    return gather_object(found)[: len(job.prompts)] if PartialState().num_processes > 1 else found
 
 
 def judge(job: Job, trainer: Trainer) -> dict[str, float]:
@@ -408,10 +408,11 @@ def train(
             f"--packing needs a model that keeps packed examples apart; '{job.config.model_type}' does not"
         )
     trained = [p for p in model.parameters() if p.requires_grad]
-    count = sum(p.numel() for p in trained)
-    total = model.num_parameters()
+    count, total = (sum(entries(p) for p in params) for params in (trained, model.parameters()))
     say(f"{run.name}: {count:,} of {total:,} parameters are trained, {trained[0].dtype}, lr {run.learning_rate:g}")
-    before = judge(job, trainer) if first else {}
+    before = judge(job, trainer) if first and not trainer.is_deepspeed_enabled else {}
+    if first and trainer.is_deepspeed_enabled:
+        say("note: DeepSpeed has no engine before training begins: the model is judged after it only")
     if trainer.is_world_process_zero():
         run.folder.mkdir(parents=True, exist_ok=True)
         report.write_json(run.folder / "run.json", {"optim": run.name, "sgc": sgc_kwargs, "lr": run.learning_rate})
@@ -446,9 +447,15 @@ def train(
         "history": trainer.state.log_history,
     }
     if first:
-        result["history"] = [{"step": 0, "eval_loss": before["loss"]}, *result["history"]]
+        known = [{"step": 0, "eval_loss": before["loss"]}] if before else []
+        result["history"] = [*known, *result["history"]]
         save(trainer, run.folder)
     return result
+
+
+def entries(param: torch.nn.Parameter) -> int:
+    """Count the entries of a parameter; under ZeRO-3 most of them lie elsewhere."""
+    return getattr(param, "ds_numel", param.numel())
 
 
 def save(trainer: Trainer, folder: Path) -> None:

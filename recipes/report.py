@@ -77,11 +77,13 @@ def report(results: dict[str, Any]) -> str:
     """Return the tables of quality and of memory, before and after every run.
 
     Args:
-        results: with "before" (metric → value) and "runs" (each with "name", "after", "seconds", "memory").
+        results: with "before" (metric → value, or empty where nothing was judged before) and "runs" (each with "name",
+            "after", "seconds", "memory").
     """
-    metrics = list(results["before"])
+    metrics = list(results["runs"][0]["after"])
     quality = [["", *(m.replace("_", " ") for m in metrics), "steps", "time"]]
-    quality.append(["before", *(f"{results['before'][m]:.3f}" for m in metrics), "", ""])
+    if results["before"]:
+        quality.append(["before", *(f"{results['before'][m]:.3f}" for m in metrics), "", ""])
     memory = [["memory", "weights", "gradients", "optimizer state", "against AdamW's in fp32"]]
     for run in results["runs"]:
         values = [f"{run['after'][m]:.3f}" for m in metrics]
