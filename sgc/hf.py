@@ -41,7 +41,7 @@ COMPONENTS = {  # of the state, by the names of its tensors
     "row_and_column_means": ("row", "col"),
     "bases": ("basis",),
     "dense_moments": ("exp_avg", "exp_avg_sq"),
-    "step_counters": ("step",),
+    "step_counters": ("step", "span"),
 }
 FAILED_PROBES = 5  # in a row, before recovery is said to fail
 NOISE_SHARE = 0.93  # of what noise leaves: runs that learned stayed below 0.9 of it, those that did not above 0.95
@@ -625,8 +625,9 @@ def _state_parts(optimizer: SGC) -> dict[str, int]:
     """Bytes of the state by component; what is in none of them (for `stats`) is the rest of `state_bytes`."""
     parts = dict.fromkeys(COMPONENTS, 0)
     for held in optimizer.state.values():
-        for component, names in COMPONENTS.items():
-            parts[component] += sum(held[n].numel() * held[n].element_size() for n in names if n in held)
+        for component, names in COMPONENTS.items():  # of DeepSpeed's partitions, "7.row"
+            found = [tensor for name, tensor in held.items() if name.rpartition(".")[2] in names]
+            parts[component] += sum(tensor.numel() * tensor.element_size() for tensor in found)
     parts["projection"] = sum(projection.bytes() for projection in optimizer._projections.values())
     return {**parts, "probes": optimizer.state_bytes() - sum(parts.values())}
 
