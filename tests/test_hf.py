@@ -428,6 +428,17 @@ def test_activations_on_a_cpu_are_what_forward_saves_for_backward():
     assert not model._forward_pre_hooks
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator, whose allocator counts")
+def test_activations_on_an_accelerator_grow_with_the_batch(tmp_path):
+    def activations(size):
+        changed = {"use_cpu": False, "max_steps": 2, "per_device_train_batch_size": size}
+        run = trainer(tmp_path / str(size), llama(layers=4), callbacks=[SGCCallback()], **changed)
+        run.train()
+        return run.state.log_history[1]["sgc/memory/activations"]
+
+    assert activations(32) > 2 * activations(4)
+
+
 def test_gradient_checkpointing_shows_in_the_activations(tmp_path):
     def activations(folder, **changed):
         run = trainer(folder, llama(layers=4), callbacks=[SGCCallback()], max_steps=1, **changed)
@@ -550,6 +561,9 @@ def test_with_compressed_gradients_the_norm_is_reported_and_no_gradient_held(tmp
     assert min(norms[0]) > 0
     held = [run.state.log_history[0]["sgc/memory/gradients"] for run in (hooked, plain)]
     assert held[0] < 0.05 * held[1]  # the norms' alone
+    first = hooked.state.log_history[0]
+    sums = hf.find_sgc(hooked.optimizer)._compressor.most_bytes()
+    assert first["sgc/memory/optimizer_state"] == first["sgc/state_bytes"] + sums
 
 
 def test_arguments_of_the_trainer_that_do_not_reach_sgc_are_said(tmp_path, caplog):
