@@ -403,7 +403,7 @@ class SGCCallback(TrainerCallback):
         assert self._optimizer is not None  # found when training began
         optimizer, stats = self._optimizer, self._optimizer.stats()
         parts = _state_parts(optimizer)
-        params = sum(param.numel() for group in optimizer.param_groups for param in group["params"])
+        params = sum(param.numel() for param in optimizer.held_tensors())
         return {
             "steps": state.global_step,
             "parameters": params,
@@ -578,7 +578,7 @@ def _can_be_hooked(model: nn.Module, args: TrainingArguments) -> bool:
 
 
 def _device(optimizer: SGC) -> torch.device:
-    return next(param.device for group in optimizer.param_groups for param in group["params"])
+    return next((param.device for param in optimizer.held_tensors()), torch.device("cpu"))
 
 
 def _peak_memory(device: torch.device) -> int | None:

@@ -458,6 +458,11 @@ class SGC(torch.optim.Optimizer):
             "support_overlap": probes[:, 2].nanmean().item(),
         }
 
+    def held_tensors(self) -> list[Tensor]:
+        """List what this process updates: the parameters, or what a sharding harness has put in their place."""
+        listed = [param for _, param, _ in self._numbered()] or list(self._partitions)  # ZeRO-3 shows them at a step
+        return listed or [tensor for given in self._given if (tensor := given()) is not None]
+
     def state_bytes(self) -> int:
         """Count the bytes really held: every state tensor, A, compressed gradients, and what is kept for `stats`."""
         state = (value for held in self.state.values() for value in held.values() if isinstance(value, Tensor))
