@@ -32,7 +32,7 @@ try:
 except ImportError as error:
     raise ImportError('sgc.hf needs transformers: pip install "sgc[hf]"') from error
 
-EMBEDDINGS = ("compressed", "dense", "frozen")
+POLICIES = ("compressed", "dense", "frozen")
 DENSE = 1 << 62  # a min_size that no tensor reaches
 OPTIONS = [name for name in inspect.signature(SGC).parameters if name != "params"]
 DENSE_OPTIONS = ("lr", "betas", "eps", "weight_decay", "stochastic_rounding", "maximize", "seed")  # all that AdamW has
@@ -127,16 +127,14 @@ def check_overrides(overrides: Mapping[str, Override], embeddings: str) -> None:
         ValueError: an unknown word or argument.
         TypeError: an override that is neither word nor dict.
     """
-    if embeddings not in EMBEDDINGS:
-        raise ValueError(f"embeddings must be one of {', '.join(EMBEDDINGS)}, got {embeddings!r}")
+    if embeddings not in POLICIES:
+        raise ValueError(f"embeddings must be one of {', '.join(POLICIES)}, got {embeddings!r}")
     for key, override in overrides.items():
         if isinstance(override, str):
-            if override not in EMBEDDINGS:
-                raise ValueError(
-                    f"overrides[{key!r}] must be a dict or one of {', '.join(EMBEDDINGS)}, got {override!r}"
-                )
+            if override not in POLICIES:
+                raise ValueError(f"overrides[{key!r}] must be a dict or one of {', '.join(POLICIES)}, got {override!r}")
         elif not isinstance(override, Mapping):
-            raise TypeError(f"overrides[{key!r}] must be a dict or one of {', '.join(EMBEDDINGS)}, got {override!r}")
+            raise TypeError(f"overrides[{key!r}] must be a dict or one of {', '.join(POLICIES)}, got {override!r}")
         else:
             for name in override:
                 if name not in OPTIONS:
@@ -243,16 +241,15 @@ def _options(names: list[str], overrides: Mapping[str, Override], policy: str | 
 
 
 def _laid(layers: Iterable[Override]) -> dict[str, Any] | None:
+    """Lay overrides over each other; whoever names a size or rule of the compression does not want a dense tensor."""
     options: dict[str, Any] = {}
     frozen = False
     for layer in layers:
-        frozen = layer == "frozen" or (frozen and isinstance(layer, Mapping))
-        if layer == "dense":
-            options["min_size"] = DENSE
-        elif layer == "compressed" or any(name not in DENSE_OPTIONS for name in layer):
+        given = {} if isinstance(layer, str) else layer
+        frozen = layer == "frozen" or (frozen and not isinstance(layer, str))
+        if layer == "compressed" or any(name not in DENSE_OPTIONS for name in given):
             options = {name: value for name, value in options.items() if (name, value) != ("min_size", DENSE)}
-        if isinstance(layer, Mapping):
-            options |= layer
+        options |= {"min_size": DENSE} if layer == "dense" else given
     return None if frozen else options
 
 
@@ -338,7 +335,8 @@ class SGCCallback(TrainerCallback):
         self._skipped = self._optimizer.stats()["skipped_tensors"]
         device = _device(self._optimizer)
         if device.type != "cpu":
-            torch.accelerator.reset_peak_memory_stats(device)
+            with contextlib.suppress(RuntimeError):
+                torch.accelerator.reset_peak_memory_stats(device)
         elif _can_be_hooked(kwargs["model"], args):
             self._activations = _SavedForBackward(kwargs["model"])
 
@@ -430,7 +428,8 @@ class SGCCallback(TrainerCallback):
             here = [param for param in model.parameters() if param.device == device]
             held = tensor_bytes(here) + self._gradients + self._sums
             held += tensor_bytes(_state_tensors(self._optimizer), device)
-            activations = max(0, torch.accelerator.max_memory_allocated(device) - held)
+            peak = _peak_memory(device)
+            activations = None if peak is None else max(0, peak - held)
         return {
             "weights": weights,
             "gradients": self._gradients,
@@ -509,7 +508,7 @@ def _go_first(callback: TrainerCallback) -> None:
     frame = inspect.currentframe()
     while frame is not None:
         handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler):
+        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
             handler.callbacks.remove(callback)
             handler.callbacks.insert(0, callback)
             return
@@ -584,7 +583,9 @@ def _device(optimizer: SGC) -> torch.device:
 def _peak_memory(device: torch.device) -> int | None:
     """Bytes at most allocated on an accelerator, or at most resident for the process where the system says it."""
     if device.type != "cpu":
-        return torch.accelerator.max_memory_allocated(device)
+        with contextlib.suppress(RuntimeError):  # not every accelerator's allocator counts
+            return torch.accelerator.max_memory_allocated(device)
+        return None
     try:
         import resource
     except ImportError:  # Windows

@@ -370,6 +370,31 @@ def test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one(tmp_path, case):
     assert losses(whole) == losses(resumed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loop_with_accelerate_resumes_bit_for_bit(tmp_path, dtype):
+    def stepped(model, optimizer, accelerator, batches):
+        for batch in batches:
+            accelerator.backward(model(**batch).loss)
+            accelerator.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def prepared(seed):
+        model, accelerator = llama(dtype=dtype, seed=seed), Accelerator(cpu=True)
+        optimizer = create_sgc_optimizer(model, lr=1e-2, **SKETCHED)
+        return (*accelerator.prepare(model, optimizer), accelerator)
+
+    batches = [{name: row[None] for name, row in pair.items()} for pair in rows(6)]
+    whole = prepared(seed=0)
+    stepped(*whole, batches[:3])
+    whole[2].save_state(str(tmp_path))
+    stepped(*whole, batches[3:])
+    resumed = prepared(seed=1)
+    resumed[2].load_state(str(tmp_path))
+    stepped(*resumed, batches[3:])
+    assert all(map(torch.equal, whole[0].parameters(), resumed[0].parameters()))
+
+
 # -------------------------------------------------------------------------------------------------------- callback
 
 
