@@ -42,7 +42,7 @@ from sgc.step import (
 )
 from sgc.storage import QUANTIZED_BLOCK
 
-SPAN = "span"  # state of a piece: its first entry in the tensor, and the one after its last
+SPAN = "span"  # state of a piece: start, stop, at and the shape of its tensor, so that a checkpoint explains itself
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ class Piece:
     def numel(self) -> int:
         """Entries of the piece."""
         return self.stop - self.start
+
+    @property
+    def span(self) -> list[int]:
+        """Say in numbers what the piece is."""
+        return [self.start, self.stop, self.at, *self.shape]
 
     def window(self, layout: Layout) -> Window:
         """Give the whole rows of chunks of the tensor that the piece touches."""
@@ -134,6 +139,7 @@ def find_pieces(flat: Tensor, tensors: Sequence[Tensor | None]) -> tuple[list[Pi
     pieces, group = [], None
     for tensor in known:
         mapping = getattr(tensor, "_hp_mapping", None)
+        group = getattr(tensor, "_dp_group", None) if group is None else group  # a rank may hold padding only
         if mapping is None or mapping.hp_fragment.untyped_storage().data_ptr() != flat.untyped_storage().data_ptr():
             continue
         owner = getattr(tensor, "_zero_optimizer", None)
@@ -143,7 +149,7 @@ def find_pieces(flat: Tensor, tensors: Sequence[Tensor | None]) -> tuple[list[Pi
         piece = Piece(numbers[id(tensor)], tuple(tensor.shape), whole.start, whole.start + whole.numel, inside.start)
         pieces.append(piece)
         group = tensor._dp_group  # type: ignore[attr-defined]
-    return (pieces, group) if pieces else None
+    return None if group is None else (pieces, group)
 
 
 def _pieces_of_stage_3(flat: Tensor, owner: Any, numbers: Mapping[int, int]) -> tuple[list[Piece], Any] | None:
@@ -176,7 +182,7 @@ class Partition:
 
     def schema(self, group: Mapping[str, Any]) -> memory.Schema:
         """Name every tensor that the state of the partition holds, with its shape and dtype."""
-        held = ((piece, name, tensor) for piece in self.pieces for name, tensor in _schema(piece, group).items())
+        held = ((piece, name, tensor) for piece in self.pieces for name, tensor in piece_schema(piece, group).items())
         return {f"{piece.number}.{name}": tensor for piece, name, tensor in held}
 
     def check_state(self, saved: Mapping[str, Any], group: Mapping[str, Any]) -> None:
@@ -186,11 +192,12 @@ class Partition:
             ValueError: the pieces are others, or a tensor has another shape.
         """
         for piece in self.pieces:
-            span = saved.get(f"{piece.number}.{SPAN}", torch.zeros(2)).tolist()
-            if span != [piece.start, piece.stop]:
+            span = saved.get(f"{piece.number}.{SPAN}", torch.zeros(3)).tolist()
+            if span != piece.span:
                 raise ValueError(
                     f"this rank holds entries {piece.start} to {piece.stop} of tensor {piece.number}, the checkpoint "
-                    f"{span[0]:.0f} to {span[1]:.0f}: it is of another number of ranks or another ZeRO stage"
+                    f"{span[0]:.0f} to {span[1]:.0f}: it is of another model, another number of ranks or another stage "
+                    "of ZeRO; sgc.zero_checkpoint.reshape_checkpoint rewrites one for other ranks"
                 )
         for name, (shape, _) in self.schema(group).items():
             if name not in saved or tuple(saved[name].shape) != shape:
@@ -202,7 +209,7 @@ class Partition:
         for name, (shape, dtype) in self.schema(group).items():
             state[name] = torch.zeros(shape, dtype=dtype, device="cpu" if on_cpu(name) else self.flat.device)
         for piece in self.pieces:
-            state[f"{piece.number}.{SPAN}"].copy_(torch.tensor([piece.start, piece.stop]))
+            state[f"{piece.number}.{SPAN}"].copy_(torch.tensor(piece.span))
 
     @torch.no_grad()
     def update(self, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any], tools: Tools) -> int:
@@ -330,9 +337,10 @@ def on_cpu(name: str) -> bool:
     return name.rpartition(".")[2] in ("step", SPAN)
 
 
-def _schema(piece: Piece, group: Mapping[str, Any]) -> memory.Schema:
+def piece_schema(piece: Piece, group: Mapping[str, Any]) -> memory.Schema:
+    """Name every tensor that the state of a piece holds, with its shape and dtype."""
     layout, held = memory.tensor_layout(piece.shape, group), memory.state_schema(piece.shape, group)
-    schema: memory.Schema = {SPAN: ((2,), torch.int64)}
+    schema: memory.Schema = {SPAN: ((len(piece.span),), torch.int64)}
     for name, (shape, dtype) in held.items():
         if layout is None:
             schema[name] = (shape if name == "step" else (piece.numel,), dtype)
