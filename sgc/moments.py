@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -66,7 +66,9 @@ def sketched(m: Tensor, v: Tensor, p: Tensor, q: Tensor, betas: tuple[float, flo
     return ema(m, p, betas[0]) / (1 - betas[0] ** t), ema(v, q, betas[1]) / (1 - betas[1] ** t)
 
 
-def sketched_ratio(m: Tensor, v: Tensor, real: Tensor | None, eps: float) -> Tensor:
+def sketched_ratio(
+    m: Tensor, v: Tensor, real: Tensor | None, eps: float, total: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """u = m̂ / (√v̂ + ε), with v̂ floored at max(m̂², mean of v̂ over the recovered entries of the tensor).
 
     Args:
@@ -74,8 +76,12 @@ def sketched_ratio(m: Tensor, v: Tensor, real: Tensor | None, eps: float) -> Ten
         v: v̂ solved for on the same support, (c, s'), 0 on padding.
         real: which of them are no padding, (c, s'); None: all.
         eps: ε.
+        total: where these are a shard's entries, sums the tensor's sum and count over the shards.
     """
-    mean = v.clamp(min=0).sum() / (v.numel() if real is None else real.sum())
+    count = torch.tensor(v.numel(), device=v.device) if real is None else real.sum()
+    sums = torch.stack([v.clamp(min=0).sum(), count])
+    mean, count = sums if total is None else total(sums)
+    mean = mean / count
     floor = torch.maximum(m.square(), mean)
     return m / (torch.maximum(v, floor).sqrt() + eps)
 

@@ -5,6 +5,7 @@ the shards leave every chunk whole, a rank works on its rows alone: it holds the
 over the ranks. Where a boundary cuts a chunk, each rank encodes its own entries at their places, the partial sketches
 are summed, and every rank holds all of the (small) state, recovers all of the update and applies its part of it. A step
 makes two all-reduces for all tensors together: one of the statistics and norms, one of the partial sketches, if any.
+(And for the rule "sketched", whose values depend on a mean over the tensor, one of two numbers for each tensor.)
 """
 
 from __future__ import annotations
@@ -339,6 +340,8 @@ class Part:
             return update, self.layout
         whitening = self._whitening(int(self.state["step"]))
         if not weight.numel():
+            if not self.cut and self.group["moments"] == "sketched":
+                self._total(self.gradient.new_zeros(2, dtype=torch.float32))  # as the others do
             return None
         grid, layout, group = self._grid(), self._local, self.group
         if group["recovered"] is None:
@@ -349,9 +352,13 @@ class Part:
             update = Update(*select(grid, layout, whitening, group["recovered"], group["eps"]), None)
             self._apply_own(weight, update, layout, self._first * layout.cols, lr, decay, rounding)
         else:
-            update = whitened_update(grid, whitening, self.state, layout, projection, group, generator)
+            update = whitened_update(grid, whitening, self.state, layout, projection, group, generator, self._total)
             apply_sparse(weight, layout, update, lr, decay, rounding)
         return update, layout
+
+    def _total(self, sums: Tensor) -> Tensor:
+        """Sum over the ranks in the middle of an update, as "sketched" alone needs."""
+        return _summed([self], [[sums]])[0][0]
 
     def _apply_own(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -72,13 +72,14 @@ def whitened_update(
     projection: Projection | None,
     group: Mapping[str, Any],
     generator: torch.Generator | None,
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> Update:
     """Do the rest of `compressed_update`, given the gradient's grid and, where the rule whitens, by what."""
     if projection is None:
         index, value = select(grid, layout, whitening, group["recovered"] or layout.chunk, group["eps"])
         return Update(index, value, None)
     p, q = encode(grid, layout, whitening, projection, group)
-    return sketched_update(p, q, state, layout, projection, group, generator)
+    return sketched_update(p, q, state, layout, projection, group, generator, total)
 
 
 def sketched_update(
@@ -89,6 +90,7 @@ def sketched_update(
     projection: Projection,
     group: Mapping[str, Any],
     generator: torch.Generator | None,
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> Update:
     """Advance the moments of one tensor by one sketch, and recover its update u.
 
@@ -100,6 +102,7 @@ def sketched_update(
         projection: A.
         group: the hyperparameters.
         generator: for the stochastic rounding of bf16 sketches.
+        total: as in `moments.sketched_ratio`.
     """
     t, rule, betas = int(state["step"]), group["moments"], group["betas"]
     lengths = layout.lengths(p.device)
@@ -124,7 +127,8 @@ def sketched_update(
         m.sub_(projection.project(index, value, layout.chunk))
     elif rule == "sketched":
         v = least_squares(square, index, layout.chunk, projection, lengths)
-        value = moments.sketched_ratio(value, v, None if lengths is None else index < lengths[:, None], group["eps"])
+        real = None if lengths is None else index < lengths[:, None]
+        value = moments.sketched_ratio(value, v, real, group["eps"], total)
     write_held(state, "sketch", m, generator)
     return Update(index, value, first)
 
