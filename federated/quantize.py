@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 from dataclasses import dataclass
@@ -132,26 +133,38 @@ def choose(magnitude: Tensor, budget: float) -> tuple[int, int] | None:
     Returns:
         (j, q), or None where the budget holds not even one entry.
     """
-    size = len(magnitude)
-    x = magnitude.double()
-    kept, total = x.square().cumsum(0), x.square().sum()
-    count = torch.arange(1, size + 1, dtype=torch.float64)
-    positions = _position_bits_table(size)
+    size, positions = len(magnitude), _position_bits_table(size=len(magnitude))
+    every = magnitude.double()
+    total, most = every.square().sum(), _entries_within(size, 1, budget)
+    x, count = every[:most], torch.arange(1, most + 1, dtype=torch.float64)
+    kept, sums = x.square().cumsum(0), x.cumsum(0)
     best: tuple[float, int, int] | None = None
     for b in range(1, MOST_BITS + 1):
-        levels = 2**b - 1
-        fits = SCALARS + count * (1 + b) + positions <= budget
-        if not fits.any():
+        levels, most = 2**b - 1, _entries_within(size, b, budget)
+        if not most:
             break
+        fits = SCALARS + count[:most] * (1 + b) + positions[:most] <= budget
+        low = x[:most]
         if levels == 1:
-            rounding = x[0] * x.cumsum(0) - kept - x * x[0] * count + x * x.cumsum(0)
+            rounding = (x[0] * sums - kept)[:most] - low * x[0] * count[:most] + low * sums[:most]
         else:
-            rounding = count * ((x[0] - x) / levels).square() / 6
-        error = torch.where(fits, (total - kept).clamp_min(0) + rounding.clamp_min(0), math.inf)
+            rounding = count[:most] * ((x[0] - low) / levels).square() / 6
+        error = torch.where(fits, (total - kept[:most]).clamp_min(0) + rounding.clamp_min(0), math.inf)
         j = int(error.argmin())
         if best is None or float(error[j]) < best[0]:
             best = (float(error[j]), j + 1, levels)
     return None if best is None else best[1:]
+
+
+def _entries_within(size: int, bits: int, budget: float) -> int:
+    """Give the largest j at which a message of j entries of 1 + bits bits can fit a budget, or 0.
+
+    The cost is concave in j: where all d do not fit, those that do are the first ones.
+    """
+    if SCALARS + size * (1 + bits) <= budget:
+        return size
+    table = _position_bits_table(size)
+    return bisect.bisect_right(range(size), budget, key=lambda i: SCALARS + (i + 1) * (1 + bits) + float(table[i]))
 
 
 @functools.lru_cache(maxsize=8)

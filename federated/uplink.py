@@ -75,6 +75,8 @@ class Superposition(abc.ABC):
             update: Δ (B, d) fp32, finite.
             weight: B_m (B,), any positive scale.
         """
+        if not len(devices):
+            return
         held = None if self.memory is None else self.memory[devices]
         encoded = self.uplink.encode(devices, update, held, self.budget(devices), self.draws)
         if self.memory is not None and encoded.held is not None:

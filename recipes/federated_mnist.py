@@ -1,0 +1,449 @@
+"""Federated learning over a simulated radio, on images or text.
+
+    python recipes/federated_mnist.py                                     # all on its own: scikit-learn's digits
+    python recipes/federated_mnist.py --scheme blind --antennas 80        # one of the wireless systems
+    python recipes/federated_mnist.py --scheme noisy-downlink --downlink digital --split biased
+    python recipes/federated_mnist.py --dataset mnist                     # from the hub
+    python recipes/federated_mnist.py --dataset ../shared/data/mnist      # a folder with the original idx files
+    python recipes/federated_mnist.py --dataset cifar10 --model vit       # any set of images of one size on the hub
+    python recipes/federated_mnist.py --dataset imdb --model_name_or_path MODEL   # any set of texts, any classifier
+    python recipes/federated_mnist.py --resume                            # after kill -9; bit-equal
+    python recipes/federated_mnist.py --sweep selection                   # a figure of the papers
+
+| --scheme | downlink | uplink | paper |
+|---|---|---|---|
+| ideal | ideal | ideal | FedAvg |
+| downlink-selection | digital, to the --participants devices with the best channels | ideal | arXiv 2107.03510 |
+| noisy-downlink | analog broadcast (--downlink digital: the common rate) | truncated inversion | arXiv 2008.11141 |
+| blind | ideal | no CSI at the devices, --antennas at the server | arXiv 2010.10030 |
+| sketched | ideal | the codec's sketches by truncated inversion | ours, after arXiv 1901.00844, 1907.09769 |
+
+Any --downlink goes with any --uplink. Without arguments: accuracy 0.92 after 40 rounds, in a few seconds. The folder
+`--output_dir` gets rows.jsonl (a row a round), curve.png, devices.png (who holds what), the model and a checkpoint.
+The sweeps and what they show are in docs/federated.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from federated import partition
+from federated.channel import FADING, Channel, MultipleAccess
+from federated.device import LocalTraining
+from federated.downlink import AnalogDownlink, DigitalDownlink, Downlink, IdealDownlink, SelectionDownlink
+from federated.models import make_model
+from federated.simulate import Simulation, tensors_of
+from federated.uplink import (
+    AnalogUplink,
+    BlindUplink,
+    IdealUplink,
+    QuantizedUplink,
+    SketchedUplink,
+    Uplink,
+    sketch_size_that_fits,
+)
+
+SCHEMES = {
+    "ideal": ("ideal", "ideal"),
+    "downlink-selection": ("selection", "ideal"),
+    "noisy-downlink": ("analog", "analog"),
+    "blind": ("ideal", "blind"),
+    "sketched": ("ideal", "sketched"),
+}
+MODELS = ("softmax", "cnn", "vit")
+MOST_TOKENS = 128  # of a text
+
+# ------------------------------------------------------------------------------------------ data
+
+
+@dataclass
+class Data:
+    """Training and test rows: columns the model takes, "labels" among them."""
+
+    train: Dataset
+    test: Dataset
+    columns: list[str]
+    classes: int
+    image: tuple[int, int] | None = None  # channels, side
+
+
+def open_data(args: argparse.Namespace) -> Data:
+    """Open the embedded digits, a folder of idx files, or a data set of the hub.
+
+    Raises:
+        ValueError: a sentence with the rule and the value.
+    """
+    if args.dataset == "digits":
+        return embedded_digits()
+    folder = Path(args.dataset)
+    if folder.is_dir() and list(folder.glob("*idx3-ubyte*")):
+        return idx_folder(folder)
+    return hub_data("ylecun/mnist" if args.dataset == "mnist" else args.dataset, args)
+
+
+def embedded_digits() -> Data:
+    """Open scikit-learn's 8×8 digits: 1,437 to train on, every fifth of 1,797 to test."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    test = np.arange(len(digits.target)) % 5 == 0
+    return images(*((digits.images[of, None] / 16, digits.target[of]) for of in (~test, test)))
+
+
+def idx_folder(folder: Path) -> Data:
+    """Open MNIST's own files, plain or gzipped."""
+
+    def read(name: str) -> np.ndarray:
+        for path in (folder / name, folder / f"{name}.gz"):
+            if path.exists():
+                raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+                sizes = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(raw[3])]
+                return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(sizes)
+        raise ValueError(f"the folder '{folder}' must hold {name} or {name}.gz, it does not")
+
+    parts = []
+    for which in ("train", "t10k"):
+        pictures, labels = read(f"{which}-images-idx3-ubyte"), read(f"{which}-labels-idx1-ubyte")
+        if len(pictures) != len(labels):
+            raise ValueError(f"'{folder}' must hold one label a picture, {which} has {len(pictures)} and {len(labels)}")
+        parts.append((pictures[:, None] / np.float32(255), labels))
+    return images(*parts)
+
+
+def images(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]) -> Data:
+    """Make rows of pictures (N, channels, side, side) in [0, 1] and labels."""
+    sets = []
+    for pictures, labels in (train, test):
+        rows = Dataset.from_dict({"labels": labels.astype(np.int64)})
+        rows.pixels = torch.from_numpy(np.ascontiguousarray(pictures, dtype=np.float32))
+        sets.append(rows)
+    channels, height, width = train[0].shape[1:]
+    if height != width:
+        raise ValueError(f"pictures must be square, got {height}×{width}")
+    return Data(*sets, ["pixel_values", "labels"], int(max(train[1].max(), test[1].max())) + 1, (channels, height))
+
+
+def hub_data(name: str, args: argparse.Namespace) -> Data:
+    """Open a data set of the hub, or a file or folder that `datasets` reads: pictures or texts with labels."""
+    from datasets import Image, load_dataset, load_from_disk
+
+    try:
+        sets = load_from_disk(name) if Path(name, "dataset_dict.json").exists() else load_dataset(name)
+    except Exception as error:  # datasets raises many kinds, and ConnectionError without a network
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"the data set '{name}' can't be opened: {first}") from None
+    splits = [s for s in ("test", "validation") if s in sets]
+    if "train" not in sets or not splits:
+        raise ValueError(f"the data set '{name}' must have a train and a test split, it has {', '.join(sets)}")
+    train, test = sets["train"], sets[splits[0]]
+    label = next((c for c in (args.label_column, "labels", "label", "fine_label") if c in train.column_names), None)
+    if label is None:
+        columns = ", ".join(train.column_names)
+        raise ValueError(f"labels are missing: '{name}' has the columns {columns}; name one with --label_column")
+    labels = [partition.labels_of(rows, label) for rows in (train, test)]
+    picture = next((c for c, feature in train.features.items() if isinstance(feature, Image)), None)
+    if picture is not None:
+        arrays = []
+        for rows in (train, test):
+            stacked = [np.atleast_3d(np.asarray(image, np.float32)) / 255 for image in rows[picture]]
+            if len({each.shape for each in stacked}) != 1:
+                raise ValueError(f"pictures must be of one size, '{name}' has several")
+            arrays.append(np.stack(stacked).transpose(0, 3, 1, 2))
+        return images((arrays[0], labels[0]), (arrays[1], labels[1]))
+    if args.model_name_or_path is None:
+        raise ValueError(f"'{name}' holds no pictures; for texts name a model with --model_name_or_path")
+    return texts(train, test, labels, args)
+
+
+def texts(train: Dataset, test: Dataset, labels: list[np.ndarray], args: argparse.Namespace) -> Data:
+    """Tokenize rows of text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    text = next((c for c in ("text", "sentence", "question") if c in train.column_names), None)
+    if text is None:
+        raise ValueError(f"texts need a column text, sentence or question, got {', '.join(train.column_names)}")
+    sets = []
+    for rows, answers in zip((train, test), labels, strict=True):
+        encoded = tokenizer(rows[text][:], padding="max_length", truncation=True, max_length=MOST_TOKENS)
+        columns = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        sets.append(Dataset.from_dict({**columns, "labels": answers.astype(np.int64)}))
+    return Data(*sets, ["input_ids", "attention_mask", "labels"], int(max(each.max() for each in labels)) + 1)
+
+
+def columns_of(rows: Dataset, columns: list[str]) -> dict[str, Tensor]:
+    """Read rows into tensors; pictures are held as one already."""
+    held = {"pixel_values": rows.pixels} if hasattr(rows, "pixels") else {}
+    return held | tensors_of(rows, [name for name in columns if name not in held])
+
+
+# ------------------------------------------------------------------------------------------ model and links
+
+
+def open_model(args: argparse.Namespace, data: Data) -> PreTrainedModel:
+    """Make a built-in model, or open one of the hub or a folder."""
+    if args.model_name_or_path is None:
+        if data.image is None:
+            raise ValueError("texts need --model_name_or_path")
+        channels, side = data.image
+        return make_model(args.model, image_size=side, num_channels=channels, num_labels=data.classes, seed=args.seed)
+    from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, set_seed
+
+    set_seed(args.seed)
+    auto = AutoModelForSequenceClassification if data.image is None else AutoModelForImageClassification
+    return auto.from_pretrained(args.model_name_or_path, num_labels=data.classes, ignore_mismatched_sizes=True)
+
+
+def open_optimizer(args: argparse.Namespace) -> Callable[[Iterable[Tensor]], torch.optim.Optimizer]:
+    """Name the optimizer of the local steps."""
+    if args.optimizer == "sgc":
+        from sgc import SGC
+
+        return partial(SGC, lr=args.lr, chunk_size=256, sketch_size=64, sparsity=8)
+    return partial({"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[args.optimizer], lr=args.lr)
+
+
+def open_downlink(args: argparse.Namespace) -> Downlink:
+    """Make the downlink of the scheme, or the one asked for."""
+    name = args.downlink or SCHEMES[args.scheme][0]
+    if name == "ideal":
+        return IdealDownlink()
+    arguments = {"power": args.power_down, "subchannels": args.subchannels, "fading": args.fading}
+    reference = Channel.from_snr(args.snr_db, **(arguments | {"power": 1.0}))  # SNR is stated at power 1
+    channel = Channel(noise_variance=reference.noise_variance, ofdm_symbols=args.ofdm_symbols, **arguments)
+    if name == "analog":
+        return AnalogDownlink(channel)
+    if name == "digital":
+        return DigitalDownlink(channel)
+    return SelectionDownlink(channel, args.participants or args.devices)
+
+
+def open_uplink(args: argparse.Namespace, size: int) -> Uplink:
+    """Make the uplink of the scheme, or the one asked for, for d = size."""
+    name = args.uplink or SCHEMES[args.scheme][1]
+    if name == "ideal":
+        return IdealUplink()
+    if name == "quantized":
+        return QuantizedUplink(levels=args.levels)
+    snr = args.snr_db if args.snr_up_db is None else args.snr_up_db
+    antennas = args.antennas if name == "blind" else 1
+    channel = MultipleAccess.from_snr(
+        snr,
+        subchannels=args.subchannels,
+        fading=args.fading,
+        antennas=antennas,
+        csi_error_variance=args.csi_error,
+        ofdm_symbols=args.ofdm_symbols_up,
+    )
+    if name == "blind":
+        return BlindUplink(channel)
+    if name == "analog":
+        return AnalogUplink(channel, args.threshold)
+    fits = args.sketch_size
+    if args.ofdm_symbols_up is not None:
+        fits = min(fits, sketch_size_that_fits(size, args.chunk_size, channel))
+    return SketchedUplink(
+        AnalogUplink(channel, args.threshold),
+        chunk_size=args.chunk_size,
+        sketch_size=fits,
+        sparsity=args.sparsity,
+        recovered=args.recovered,
+        residual=args.residual,
+        method="gomp",
+    )
+
+
+def split(args: argparse.Namespace, rows: Dataset) -> list[np.ndarray]:
+    """Deal the training rows out to the devices."""
+    if args.split == "iid":
+        return partition.iid(rows, args.devices, seed=args.seed)
+    if args.split == "biased":
+        return partition.biased(rows, args.devices, seed=args.seed)
+    if args.split == "dirichlet":
+        return partition.dirichlet(rows, args.devices, args.alpha, seed=args.seed)
+    return partition.by_column(rows, args.split)
+
+
+def simulation(args: argparse.Namespace, data: Data, output_dir: Path | None) -> Simulation:
+    """Put everything together."""
+    parts = split(args, data.train)
+    if args.participants is not None and args.participants > len(parts):
+        raise ValueError(f"participants must be at most the {len(parts)} devices, got {args.participants}")
+    model = open_model(args, data)
+    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    selects = (args.downlink or SCHEMES[args.scheme][0]) == "selection"
+    return Simulation(
+        LocalTraining(
+            model=model, steps=args.steps, batch_size=args.batch_size or None, optimizer=open_optimizer(args)
+        ),
+        columns_of(data.train, data.columns),
+        parts,
+        test=columns_of(data.test, data.columns),
+        downlink=open_downlink(args),
+        uplink=open_uplink(args, size),
+        server_lr=args.server_lr,
+        server_momentum=args.server_momentum,
+        asked=None if selects else args.participants,
+        late=args.late,
+        seed=args.seed,
+        devices_at_once=args.devices_at_once,
+        evaluate_every=args.evaluate_every,
+        most_skipped=args.most_skipped,
+        output_dir=output_dir,
+        checkpoint_every=args.checkpoint_every if output_dir else 0,
+    )
+
+
+# ------------------------------------------------------------------------------------------ the run and its curve
+
+
+def plot_curve(path: Path, rows: list[dict[str, Any]], title: str) -> None:
+    """Draw accuracy and loss on the test data over the rounds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = FigureCanvasAgg(figure).figure.subplots()
+    measured = [row for row in rows if "accuracy" in row]
+    rounds = [row["round"] for row in measured]
+    axes.plot(rounds, [row["accuracy"] for row in measured], color="#0b6e4f")
+    axes.set(xlabel="round", ylabel="test accuracy", title=title, ylim=(0, 1))
+    loss = axes.twinx()
+    loss.plot(rounds, [row["loss"] for row in measured], color="#c1440e", alpha=0.6)
+    loss.set_ylabel("test loss (nats)")
+    axes.grid(alpha=0.25)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=120, format="png")
+    os.replace(temporary, path)
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """Write a row of the curve."""
+    if row["skipped"]:
+        return f"{row['round']:6d}  skipped: {row['skipped']}"
+    cells = [f"{row['round']:6d}", f"{row['accuracy']:9.4f}", f"{row['loss']:8.4f}", f"{row['participants']:8d}"]
+    cells += [f"{'–':>10}" if row[name] is None else f"{row[name]:10.2e}" for name in ("nmse_down", "nmse_up")]
+    cells.append(f"{row['seconds']:8.2f}")
+    if row["dropped"]:
+        cells.append(f"  {row['dropped']} dropped: not finite")
+    return " ".join(cells)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, with everything written to the output folder; give the exit status."""
+    out = Path(args.output_dir)
+    if (out / "rows.jsonl").exists() and not (args.resume or args.overwrite):
+        raise ValueError(f"the folder '{out}' holds another run; go on with --resume, or begin anew with --overwrite")
+    data = open_data(args)
+    sim = simulation(args, data, out)
+    if args.resume and (reached := sim.resume()):
+        tqdm.write(f"resumed after round {reached}")
+    out.mkdir(parents=True, exist_ok=True)
+    parts = [part.numpy() for part in sim.world.parts]
+    partition.plot_partition(parts, np.asarray(data.train["labels"]), out / "devices.png", title=args.split)
+    tqdm.write(f"{len(parts)} devices, {len(data.train):,} rows, {sim.world.training.flat.size:,} parameters")
+    tqdm.write(" round  accuracy     loss  devices  NMSE down    NMSE up  seconds")
+    for row in sim.run(args.rounds):
+        if "accuracy" in row or row["skipped"]:
+            tqdm.write(line_of({"accuracy": 0.0, "loss": 0.0} | row))
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    down, up = args.downlink or SCHEMES[args.scheme][0], args.uplink or SCHEMES[args.scheme][1]
+    plot_curve(out / "curve.png", rows, f"{args.scheme}: {down} down, {up} up, {args.split} split")
+    sim.model().save_pretrained(out / "model")
+    print(f"{out}: rows.jsonl, curve.png, devices.png, model/")
+    if sim.ended:
+        print(f"the run ended after round {sim.number} of {args.rounds}: {sim.ended}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--scheme", choices=SCHEMES, default="ideal")
+    add("--downlink", choices=("ideal", "selection", "digital", "analog"), help="another than the scheme's")
+    add("--uplink", choices=("ideal", "quantized", "analog", "blind", "sketched"), help="another than the scheme's")
+    add("--dataset", default="digits", help="digits, mnist, a folder with idx files, or a name on the hub")
+    add("--label_column", help="of a data set on the hub")
+    add("--model", choices=MODELS, default="softmax", help="a built-in model of images")
+    add("--model_name_or_path", help="a Hugging Face model instead")
+    add("--split", default="iid", help="iid, biased (two classes a device), dirichlet, or a column's name")
+    add("--alpha", type=float, default=0.5, help="of --split dirichlet")
+    add("--devices", type=int, default=40, help="M")
+    add("--participants", type=int, help="J: devices selected or asked in a round; default all")
+    add("--late", type=float, default=0.0, help="probability that a device misses a round")
+    add("--rounds", type=int, default=40)
+    add("--steps", type=int, default=3, help="τ, local steps")
+    add("--batch_size", type=int, default=64, help="of a local step; 0: all of a device's rows")
+    add("--optimizer", choices=("sgd", "adamw", "sgc"), default="sgd", help="of the local steps")
+    add("--lr", type=float, help="η; default 0.5 on the digits, else 0.1")
+    add("--server_lr", type=float, default=1.0)
+    add("--server_momentum", type=float, default=0.0)
+    add("--snr_db", type=float, default=10.0, help="mean SNR of a subchannel at power 1")
+    add("--snr_up_db", type=float, help="of the uplink; default --snr_db")
+    add("--power_down", type=float, default=1.0, help="P of the server; the noise is that of --snr_db at 1")
+    add("--subchannels", type=int, default=16, help="F")
+    add("--ofdm_symbols", type=int, help="T of the downlink; a digital one needs it")
+    add("--ofdm_symbols_up", type=int, help="T of the uplink; sketches are made to fit")
+    add("--fading", choices=FADING, default="block")
+    add("--antennas", type=int, default=40, help="N_r of the blind uplink")
+    add("--csi_error", type=float, default=0.0, help="σ̃² of the blind uplink")
+    add("--threshold", type=float, default=0.2, help="λ of truncated inversion")
+    add("--levels", type=int, default=3, help="q of the quantized uplink")
+    add("--chunk_size", type=int, default=256, help="n of the sketched uplink")
+    add("--sketch_size", type=int, default=128, help="k")
+    add("--sparsity", type=int, default=32, help="s")
+    add("--recovered", type=int, help="s'; default 2·s")
+    add("--residual", type=float, default=0.0, help="ρ, what the server keeps in the sketch")
+    add("--seed", type=int, default=0)
+    add("--devices_at_once", type=int, help="in memory together; default: what 1 GiB holds")
+    add("--evaluate_every", type=int, default=1)
+    add("--most_skipped", type=int, default=10, help="rounds in a row without an update after which the run ends")
+    add("--checkpoint_every", type=int, default=10)
+    add("--output_dir", default="outputs/federated_mnist")
+    add("--resume", action="store_true", help="go on from the last checkpoint of --output_dir")
+    add("--overwrite", action="store_true", help="begin anew where --output_dir holds a run")
+    add("--sweep", choices=("selection", "antennas", "noisy", "all"), help="a figure of the papers instead of one run")
+    args = parser.parse_args(argv)
+    if args.ofdm_symbols is None and (args.downlink or SCHEMES[args.scheme][0]) in ("digital", "selection"):
+        args.ofdm_symbols = 200
+    if args.lr is None:
+        args.lr = 0.5 if args.dataset == "digits" else 0.1
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run, or say in a sentence why not."""
+    args = parse(argv)
+    try:
+        if args.sweep:
+            import federated_sweeps
+
+            return federated_sweeps.sweep(args, open_data(args), simulation)
+        return run(args)
+    except (ValueError, TypeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
