@@ -196,10 +196,7 @@ class CompressedGradient(Tensor):
         square = agreement(sums) * factor.square()
         if group["moments"] in moments.FACTORED:
             row, col = sums.row * square, sums.col * square
-            before, used, new = beta2 * state["col"].mean(), (sums.col / sums.number).mean(), col.mean()
-            tiny = torch.finfo(torch.float32).tiny
-            whitened_by, v = before + (1 - beta2) * used, before + (1 - beta2) * new  # means of v̂, up to a factor
-            factor = factor * (whitened_by.clamp(min=tiny) / v.clamp(min=tiny)).sqrt()
+            factor = factor * _rewhitening(state["col"], beta2, sums.col / sums.number, col)
             moments.factor(state["row"], state["col"], row, col, beta2, int(state["step"]))
         self.spent = True
         return sums.p * factor, None if sums.q is None else sums.q * square
@@ -221,6 +218,14 @@ def agreement(sums: Sums) -> Tensor:
     """Estimate (Σgᵢ)² / Σgᵢ², between 1/N and N, by ‖Σpᵢ‖² / Σ‖pᵢ‖²; 1 for a single gradient."""
     share = sums.p.square().sum() / sums.sketch_sq.clamp(min=torch.finfo(torch.float32).tiny)
     return torch.where(sums.number > 1, torch.minimum(share, sums.number), 1.0)
+
+
+def _rewhitening(held: Tensor, beta2: float, used: Tensor, true: Tensor) -> Tensor:
+    """Give √(mean v̂ as used ÷ mean v̂ as it should have been), from C and the column means of g² in both."""
+    tiny = torch.finfo(torch.float32).tiny
+    before = beta2 * held.mean()
+    root_mean = [(before + (1 - beta2) * col.mean()).clamp(min=tiny).sqrt() for col in (used, true)]
+    return root_mean[0] / root_mean[1]
 
 
 # ---- what loops, clippers and scalers do with gradients --------------------------------------------------------------
@@ -326,7 +331,7 @@ class Compressor:
                 "example SGC(params, lr, sketch_size=32)"
             )
         self.world_size = 1
-        self.reduced_bytes = 0  # sent by this rank since the last step
+        self._sent_bytes = self._reduced_bytes = 0  # to the ranks since the last step, and for it
         self.inverse_loss_scale: Tensor | None = None  # as GradScaler last had it: R and C are of gradients without it
         self._group: Any = None
         self._sending: list[Buffer] = []
@@ -400,13 +405,20 @@ class Compressor:
 
     def _fold(self, held: CompressedGradient) -> None:
         """Put the factor of a clipped or unscaled sum into it, before more is added."""
+        optimizer, square = self._owner(), held.scale.square()
+        group, factor = optimizer._group_of(held.slot.number), held.scale
         for flat in (held.buffer.flat, held.buffer.earlier):
             if flat is not None:
                 sums = held.slot.sums(flat)
-                sums.p.mul_(held.scale)
-                for squared in (sums.q, sums.row, sums.col, sums.norm_sq, sums.sketch_sq):
+                if group["moments"] in moments.FACTORED:
+                    col = optimizer._state_of(held.slot.param, group)["col"]
+                    used = sums.col / sums.number.clamp(min=1)
+                    factor = held.scale * _rewhitening(col, group["betas"][1], used, used * square)
+                sums.p.mul_(factor)
+                sums.sketch_sq.mul_(factor.square())
+                for squared in (sums.q, sums.row, sums.col, sums.norm_sq):
                     if squared is not None:
-                        squared.mul_(held.scale.square())
+                        squared.mul_(square)
         held.scale, held.prescale, held.scaled = torch.ones_like(held.scale), None, False
 
     def _encode(self, slot: Slot, gradient: Tensor, held: CompressedGradient) -> None:
@@ -443,6 +455,11 @@ class Compressor:
                 gradient, param.grad = param.grad, None
                 self.add(slot, gradient)
         self.finish()
+        self._reduced_bytes, self._sent_bytes = self._sent_bytes, 0
+
+    def stats(self) -> dict[str, float]:
+        """Give what `SGC.stats` adds."""
+        return {"reduced_bytes": float(self._reduced_bytes)} if self.world_size > 1 else {}
 
     # -- checkpoints in the middle of an accumulation
 
@@ -500,9 +517,7 @@ class Compressor:
         optimizer = self._owner()
         synced = {param for name, param in ddp.module.named_parameters() if name not in ddp.parameters_to_ignore}
         if not synced.isdisjoint(self.slots):
-            raise RuntimeError(
-                "optimizer.attach(model) needs the module that DistributedDataParallel wraps, not a part"
-            )
+            raise RuntimeError("optimizer.attach(model) needs the very module that DistributedDataParallel wraps")
         optimizer._compare_ranks()
         ranks = dist.get_process_group_ranks(ddp.process_group)
         # a group of its own: messages of DistributedDataParallel may come in another order on another rank
@@ -537,7 +552,7 @@ class Compressor:
         for slot in bucket.slots:
             if slot.held is None:
                 slot.clear(buffer)
-        self.reduced_bytes += buffer.flat.numel() * buffer.flat.element_size()
+        self._sent_bytes += buffer.flat.numel() * buffer.flat.element_size()
         buffer.work = dist.all_reduce(buffer.flat, group=self._group, async_op=True)
         self._sending.append(buffer)  # until it is there; gradients may not hold it yet
 

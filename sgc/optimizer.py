@@ -456,6 +456,7 @@ class SGC(torch.optim.Optimizer):
             "recovery_error": math.sqrt(unexplained),
             "recovered_fraction": 1 - unexplained,
             "support_overlap": probes[:, 2].nanmean().item(),
+            **({} if self._compressor is None else self._compressor.stats()),
         }
 
     def held_tensors(self) -> list[Tensor]:

@@ -1,0 +1,481 @@
+import copy
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sgc import SGC
+from sgc.compressed_grad import CompressedGradient
+from sgc.moments import RULES
+from tests.tolerances import SUM
+
+SKETCHED = {"lr": 1e-2, "chunk_size": 64, "sketch_size": 16, "min_size": 64}
+
+
+def make_model(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.Tanh(), torch.nn.Linear(48, 24)).to(dtype)
+
+
+def batches(count, rows=8, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(rows, 32, generator=generator) for _ in range(count)]
+
+
+def loss_of(model, x):
+    return model(x.to(next(model.parameters()).dtype)).float().square().mean()
+
+
+def weights(model):
+    return torch.cat([param.detach().flatten().float() for param in model.parameters()])
+
+
+def assert_close(actual, expected, rtol=SUM):
+    """Equal up to the order of sums, relative to the largest entry."""
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * expected.abs().max().item())
+
+
+def train(*, attach, steps=6, micro_batches=1, max_norm=None, dtype=torch.float32, **kwargs):
+    model = make_model(dtype)
+    optimizer = SGC(model.parameters(), **{**SKETCHED, **kwargs})
+    if attach:
+        optimizer.attach(model)
+    norms = []
+    for batch in batches(steps):
+        for part in batch.chunk(micro_batches):
+            (loss_of(model, part) / micro_batches).backward()
+        if max_norm is not None:
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(model), norms, optimizer
+
+
+# ---- laws ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("max_norm", [None, 1e6])
+def test_hooked_equals_unhooked_bit_for_bit_for_one_micro_batch(rule, dtype, max_norm):
+    hooked, norms, optimizer = train(attach=True, dtype=dtype, moments=rule, max_norm=max_norm)
+    unhooked, expected, reference = train(attach=False, dtype=dtype, moments=rule, max_norm=max_norm)
+    assert torch.equal(hooked, unhooked)
+    assert norms == pytest.approx(expected, rel=1e-2 if dtype is torch.bfloat16 else 1e-5)
+    assert optimizer.stats()["grad_norm"] == pytest.approx(reference.stats()["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_sketches_add_up_at_a_fixed_second_moment(rule):
+    """Where nothing is sparsified and the statistic hardly moves, micro-batches make the sketch of their batch."""
+    kwargs = {"moments": rule, "sparsity": 64, "recovered": 4, "betas": (0.9, 1 - 1e-7)}
+    sketches = []
+    for parts in (1, 4):
+        model = make_model()
+        optimizer = SGC(model.parameters(), **{**SKETCHED, **kwargs})
+        train_batch, batch = batches(2)
+        loss_of(model, train_batch).backward()
+        optimizer.step()  # the statistic has seen one batch, and 1e-7 of the next
+        optimizer.zero_grad()
+        for state in optimizer.state.values():
+            state["step"].fill_(10**9)  # far from the start, where R and C are what they are
+            for name in {"row", "col"} & state.keys():
+                state[name].mul_(1e11)  # bias-corrected, and 1e4 times larger, so that no entry is clipped
+        optimizer.attach(model)
+        for part in batch.chunk(parts):
+            (loss_of(model, part) / parts).backward()
+        sums = model[0].weight.grad.sums()
+        sketches.append(sums.p * 1)
+        assert sums.number == parts
+    assert_close(sketches[1], sketches[0], 1e-3)
+
+
+@given(parts=st.integers(1, 6), seed=st.integers(0, 100))
+def test_the_norm_lies_between_that_of_noise_and_that_of_agreement(parts, seed):
+    model = make_model(seed=seed)
+    optimizer = SGC(model.parameters(), **SKETCHED)
+    optimizer.attach(model)
+    squares = []
+    for part in batches(parts, seed=seed):
+        single = torch.autograd.grad(loss_of(model, part), model[0].weight)[0]
+        squares.append(single.square().sum().item())
+        loss_of(model, part).backward()
+    norm = torch.linalg.vector_norm(model[0].weight.grad).item()
+    assert norm <= math.sqrt(parts * sum(squares)) * (1 + 1e-5)
+    if parts == 1:
+        assert norm == pytest.approx(math.sqrt(squares[0]), rel=1e-5)
+
+
+def test_the_norm_of_equal_micro_batches_is_exact():
+    model = make_model()
+    optimizer = SGC(model.parameters(), **SKETCHED)
+    optimizer.attach(model)
+    x = batches(1)[0]
+    expected = torch.autograd.grad(loss_of(model, x), model[0].weight)[0].norm()
+    for _ in range(4):
+        (loss_of(model, x) / 4).backward()
+    assert_close(torch.linalg.vector_norm(model[0].weight.grad), expected)
+
+
+@pytest.mark.parametrize(("rule", "steps"), [("residual", 1), ("whitened", 1), ("sketched", 3), ("subspace", 3)])
+def test_equal_micro_batches_make_the_step_of_their_batch(rule, steps):
+    """The statistic sees (Σgᵢ)² although only gᵢ² came by: the update is as large as that of the batch.
+
+    (The rules that whiten do so before they know; a later step corrects the size, not the pattern, of what is new.)
+    """
+    moved = []
+    for parts in (1, 4):
+        model = make_model()
+        before = weights(model)
+        optimizer = SGC(model.parameters(), **SKETCHED, moments=rule, weight_decay=0.0, eps=0.0)
+        optimizer.attach(model)
+        for x in batches(steps):
+            for _ in range(parts):
+                (loss_of(model, x) / parts).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved.append(weights(model) - before)
+    torch.testing.assert_close(moved[1], moved[0], rtol=1e-3, atol=1e-6)
+
+
+def test_clipping_scales_by_the_true_norm():
+    """At the first step the whitened gradient is the same whatever its length; sketches of the rule without are not."""
+    clipped, norms, _ = train(attach=True, max_norm=1e-3, moments="subspace", eps=1e-3)
+    expected, expected_norms, _ = train(attach=False, max_norm=1e-3, moments="subspace", eps=1e-3)
+    assert norms == pytest.approx(expected_norms, rel=1e-4)
+    torch.testing.assert_close(clipped, expected, rtol=1e-3, atol=1e-6)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def peak_gradient_bytes(attach, layers=12, width=64):
+    """Largest sum of whole gradients alive at once, over a backward of equal layers."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(width, width, bias=False) for _ in range(layers)])
+    optimizer = SGC(model.parameters(), **SKETCHED)
+    alive, peak = [], 0
+
+    def watch(gradient):
+        nonlocal peak
+        alive.append(weakref.ref(gradient.untyped_storage()))
+        peak = max(peak, sum(storage.nbytes() for ref in alive if (storage := ref()) is not None))
+
+    for param in model.parameters():
+        param.register_hook(watch)
+    if attach:
+        optimizer.attach(model)
+    model(torch.randn(4, width)).square().sum().backward()
+    return peak / (4 * width * width)
+
+
+def test_at_most_two_layers_of_gradients_exist_at_once():
+    assert peak_gradient_bytes(attach=True) <= 2
+    gc.collect()
+
+
+def test_dropping_the_gradients_frees_the_sketches():
+    model = make_model()
+    optimizer = SGC(model.parameters(), **SKETCHED)
+    optimizer.attach(model)
+    before = optimizer.expected_state_bytes()
+    loss_of(model, batches(1)[0]).backward()
+    held = optimizer.state_bytes()
+    buffer = weakref.ref(model[0].weight.grad.buffer)
+    model.zero_grad()
+    assert buffer() is None
+    assert optimizer.state_bytes() < held <= before
+
+
+# ---- what loops do with gradients ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whose", ["model", "optimizer"])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad_clears_what_was_accumulated(whose, set_to_none):
+    first, second = batches(2)
+    results = []
+    for spoil in (False, True):
+        model = make_model()
+        optimizer = SGC(model.parameters(), **SKETCHED)
+        optimizer.attach(model)
+        if spoil:
+            loss_of(model, first).backward()
+            (model if whose == "model" else optimizer).zero_grad(set_to_none=set_to_none)
+        loss_of(model, second).backward()
+        optimizer.step()
+        results.append(weights(model))
+    assert torch.equal(*results)
+
+
+def test_a_gradient_of_zeros_moves_nothing_but_the_decay():
+    model = make_model()
+    optimizer = SGC(model.parameters(), **SKETCHED, weight_decay=0.1)
+    optimizer.attach(model)
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.zero_grad(set_to_none=False)
+    before = weights(model)
+    optimizer.step()
+    assert_close(weights(model), before * (1 - 1e-3))
+
+
+@pytest.mark.parametrize(("rule", "growth_interval"), [("residual", 100), ("sketched", 3), ("subspace", 3)])
+def test_grad_scaler_trains_compressed_gradients_as_whole_ones(rule, growth_interval):
+    """(When the scale grows, R and C of the rules that whiten see one gradient at the scale before.)"""
+    results = []
+    for attach in (False, True):
+        model = make_model()
+        optimizer = SGC(model.parameters(), **SKETCHED, moments=rule, eps=0.0)  # eps is not scaled
+        if attach:
+            optimizer.attach(model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=growth_interval)
+        norms = []
+        for batch in batches(8):
+            for part in batch.chunk(1):
+                scaler.scale(loss_of(model, part)).backward()
+            scaler.unscale_(optimizer)
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1e6).item())
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        results.append((weights(model), norms, scaler.get_scale()))
+    (expected, norms, scale), (hooked, hooked_norms, hooked_scale) = results
+    assert scale == hooked_scale
+    assert (scale > 2.0**12) == (growth_interval < 8)
+    assert hooked_norms == pytest.approx(norms, rel=1e-5)
+    torch.testing.assert_close(hooked, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_grad_scaler_skips_the_step_of_an_infinite_gradient_and_lowers_its_scale():
+    model = make_model()
+    optimizer = SGC(model.parameters(), **SKETCHED)
+    optimizer.attach(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    before = weights(model)
+    scaler.scale(loss_of(model, batches(1)[0] * torch.tensor(math.inf))).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(weights(model), before)
+    assert scaler.get_scale() == 2.0**9
+
+
+def test_a_tensor_with_a_nan_is_skipped_and_counted_and_the_others_move():
+    model = make_model()
+    optimizer = SGC(model.parameters(), **SKETCHED)
+    optimizer.attach(model)
+    handle = model[0].weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([3]), math.nan))
+    before = [param.detach().clone() for param in model.parameters()]
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert optimizer.stats()["skipped_tensors"] == 1
+    assert torch.equal(model[0].weight, before[0])
+    assert not torch.equal(model[2].weight, before[2])
+    handle.remove()
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.step()
+    assert weights(model).isfinite().all()
+    assert not torch.equal(model[0].weight, before[0])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(use_reentrant):
+    results = []
+    for checkpointed in (False, True):
+        model = make_model()
+        optimizer = SGC(model.parameters(), **SKETCHED)
+        optimizer.attach(model)
+        for x in batches(3):
+            x.requires_grad_()
+            y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=use_reentrant) if checkpointed else model(x)
+            y.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(weights(model))
+    assert torch.equal(*results)
+
+
+def test_a_compiled_model_trains_as_the_model_does():
+    results = []
+    for compiled in (False, True):
+        model = make_model()
+        optimizer = SGC(model.parameters(), **SKETCHED)
+        optimizer.attach(model)
+        forward = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        for x in batches(3):
+            forward(x).square().mean().backward()
+            assert isinstance(model[0].weight.grad, CompressedGradient)
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(weights(model))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
+
+
+def test_tied_weights_are_compressed_once():
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(64, 32), "head": torch.nn.Linear(32, 64, bias=False)})
+    model["head"].weight = model["embedding"].weight
+    results = []
+    for attach in (False, True):
+        twin = copy.deepcopy(model)
+        optimizer = SGC(twin.parameters(), **SKETCHED)
+        if attach:
+            optimizer.attach(twin)
+        for token in ([1, 2, 3], [3, 4, 60]):
+            twin["head"](twin["embedding"](torch.tensor(token))).logsumexp(-1).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(weights(twin))
+    assert torch.equal(*results)
+
+
+def test_a_gradient_set_by_hand_is_compressed_at_the_step():
+    results = []
+    for attach in (False, True):
+        model = make_model()
+        optimizer = SGC(model.parameters(), **SKETCHED)
+        if attach:
+            optimizer.attach(model)
+        generator = torch.Generator().manual_seed(3)
+        for param in model.parameters():
+            param.grad = torch.randn(param.shape, generator=generator)
+        optimizer.step()
+        results.append(weights(model))
+    assert torch.equal(*results)
+
+
+def test_more_can_be_added_after_clipping():
+    model = make_model()
+    optimizer = SGC(model.parameters(), **SKETCHED)
+    optimizer.attach(model)
+    x = batches(1)[0]
+    loss_of(model, x).backward()
+    norm = torch.nn.utils.clip_grad_norm_([model[0].weight], 1e-2)
+    assert norm > 1e-2
+    assert_close(torch.linalg.vector_norm(model[0].weight.grad), torch.tensor(1e-2), 1e-3)
+    (loss_of(model, x) * (1e-2 / norm)).backward()  # as much again
+    assert_close(torch.linalg.vector_norm(model[0].weight.grad), torch.tensor(2e-2), 1e-3)
+
+
+def test_what_needs_the_gradient_itself_is_refused_with_a_sentence():
+    model = make_model()
+    optimizer = SGC(model.parameters(), **SKETCHED)
+    optimizer.attach(model)
+    loss_of(model, batches(1)[0]).backward()
+    gradient = model[0].weight.grad
+    assert gradient.shape == model[0].weight.shape
+    assert gradient.dtype is torch.float32
+    with pytest.raises(RuntimeError, match="only a sketch is held"):
+        gradient.clone()
+    with pytest.raises(RuntimeError, match="2-norm"):
+        torch.linalg.vector_norm(gradient, math.inf)
+
+
+# ---- attaching -------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_sketch_there_is_nothing_to_attach():
+    model = make_model()
+    with pytest.raises(ValueError, match="need a sketch"):
+        SGC(model.parameters(), min_size=64).attach(model)
+
+
+def test_a_rank_is_refused():
+    model = make_model()
+    with pytest.raises(ValueError, match="rank=4"):
+        SGC(model.parameters(), **SKETCHED, rank=4).attach(model)
+
+
+def test_another_model_is_refused():
+    with pytest.raises(ValueError, match="not a parameter of the model"):
+        SGC(make_model().parameters(), **SKETCHED).attach(make_model())
+    with pytest.raises(TypeError, match="got list"):
+        SGC(make_model().parameters(), **SKETCHED).attach([])
+
+
+def test_detached_gradients_are_whole_and_a_dropped_optimizer_lets_go():
+    model = make_model()
+    optimizer = SGC(model.parameters(), **SKETCHED)
+    assert optimizer.attach(model) is optimizer
+    optimizer.detach()
+    loss_of(model, batches(1)[0]).backward()
+    assert type(model[0].weight.grad) is torch.Tensor
+    model.zero_grad()
+    optimizer.attach(model)
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None
+    loss_of(model, batches(1)[0]).backward()
+    assert type(model[0].weight.grad) is torch.Tensor
+
+
+def test_attaching_twice_compresses_once():
+    model = make_model()
+    optimizer = SGC(model.parameters(), **SKETCHED)
+    optimizer.attach(model).attach(model)
+    loss_of(model, batches(1)[0]).backward()
+    assert model[0].weight.grad.sums().number == 1
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resume_in_the_middle_of_an_accumulation_is_bit_equal(rule, dtype, tmp_path):
+    data = [part for batch in batches(4) for part in batch.chunk(4)]
+
+    def make():
+        model = make_model(dtype)
+        optimizer = SGC(model.parameters(), **SKETCHED, moments=rule)
+        return model, optimizer.attach(model)
+
+    def go_on(model, optimizer, start, stop):
+        for number in range(start, stop):
+            (loss_of(model, data[number]) / 4).backward()
+            if number % 4 == 3:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    model, optimizer = make()
+    go_on(model, optimizer, 0, 16)
+
+    first, saved = make()
+    go_on(first, saved, 0, 10)  # two steps, and two micro-batches of the third
+    dense = {name: param.grad for name, param in first.named_parameters() if "bias" in name}  # whole, as ever
+    torch.save({"model": first.state_dict(), "optimizer": saved.state_dict(), "dense": dense}, tmp_path / "state.pt")
+    resumed, loaded = make()
+    checkpoint = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed.load_state_dict(checkpoint["model"])
+    loaded.load_state_dict(checkpoint["optimizer"])
+    for name, param in resumed.named_parameters():
+        if name in checkpoint["dense"]:
+            param.grad = checkpoint["dense"][name]
+    go_on(resumed, loaded, 10, 16)
+    assert torch.equal(weights(resumed), weights(model))
+
+
+def test_a_gradient_that_a_step_has_used_is_in_no_checkpoint():
+    model = make_model()
+    optimizer = SGC(model.parameters(), **SKETCHED)
+    optimizer.attach(model)
+    loss_of(model, batches(1)[0]).backward()
+    assert any("pending" in held for held in optimizer.state_dict()["state"].values())
+    optimizer.step()
+    assert not any("pending" in held for held in optimizer.state_dict()["state"].values())
+
+
+def test_a_checkpoint_with_compressed_gradients_needs_an_attached_optimizer():
+    model = make_model()
+    optimizer = SGC(model.parameters(), **SKETCHED)
+    optimizer.attach(model)
+    loss_of(model, batches(1)[0]).backward()
+    fresh = SGC(make_model().parameters(), **SKETCHED)
+    with pytest.raises(ValueError, match="attach"):
+        fresh.load_state_dict(optimizer.state_dict())
+    assert not fresh.state

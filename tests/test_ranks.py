@@ -1,0 +1,214 @@
+"""Two processes: the same weights after any number of steps, sketches on the wire, and one opinion."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from sgc import SGC
+from sgc.compressed_grad import CompressedGradient
+from sgc.moments import RULES
+from tests.processes import Processes
+
+SKETCHED = {"lr": 3e-3, "chunk_size": 64, "sketch_size": 16, "min_size": 64}
+
+
+@pytest.fixture(scope="module")
+def processes():
+    pool = Processes(2)
+    yield pool
+    pool.close()
+
+
+class Routed(torch.nn.Module):
+    """Two experts, of which a batch may use one: the other gets no gradient on that rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(32, 48)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(48, 48) for _ in range(3))
+        self.last = torch.nn.Linear(48, 32)
+
+    def forward(self, x, expert):
+        return self.last(torch.tanh(self.experts[expert](torch.tanh(self.first(x)))))
+
+
+def weights(model):
+    return torch.cat([param.detach().flatten().float() for param in model.parameters()])
+
+
+def same_on_all_ranks(tensor):
+    others = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, tensor)
+    return all(torch.equal(tensor, other) for other in others)
+
+
+def train(attach, steps, micro_batches=1, dtype=torch.float32, experts=(0, 0), max_norm=1.0, **kwargs):
+    rank = dist.get_rank()
+    torch.manual_seed(rank)  # the ranks start apart, DistributedDataParallel brings them together
+    model = Routed().to(dtype)
+    optimizer = SGC(model.parameters(), **{**SKETCHED, **kwargs})
+    if attach:
+        optimizer.attach(model)
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    generator = torch.Generator().manual_seed(7 + rank)
+    norms, losses = [], []
+    for _ in range(steps):
+        for number in range(micro_batches):
+            x = torch.randn(8, 32, generator=generator).to(dtype)
+            ddp.require_backward_grad_sync = number == micro_batches - 1
+            loss = (ddp(x, experts[rank]) - x.flip(1)).float().square().mean() / micro_batches
+            loss.backward()
+            losses.append(loss.item())
+        norms.append(torch.nn.utils.clip_grad_norm_(ddp.parameters(), max_norm).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer, norms, losses
+
+
+def check_identical(attach, steps, rule, dtype, micro_batches):
+    model, _, norms, losses = train(attach, steps, micro_batches, dtype, moments=rule)
+    assert same_on_all_ranks(weights(model))
+    assert same_on_all_ranks(torch.tensor(norms))
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("attach", "dtype"), [(True, torch.float32), (True, torch.bfloat16), (False, torch.bfloat16)])
+def test_ranks_stay_bit_identical(processes, rule, attach, dtype):
+    steps = 100 if rule == "residual" and attach else 20
+    processes.run(check_identical, attach, steps, rule, dtype, 1)
+
+
+def test_ranks_stay_bit_identical_with_accumulation(processes):
+    processes.run(check_identical, True, 20, "residual", torch.float32, 3)
+
+
+def check_unused_expert():
+    model, optimizer, norms, _ = train(True, 5, experts=(0, 1), weight_decay=0.1)
+    assert same_on_all_ranks(weights(model))
+    assert same_on_all_ranks(torch.tensor(norms))
+    steps = [int(optimizer.state[expert.weight].get("step", torch.tensor(0))) for expert in model.experts]
+    assert steps == [5, 5, 0]  # the third expert, that nobody used, has not even decayed
+    unused = model.experts[2].weight.detach().clone()
+    torch.manual_seed(0)
+    assert torch.equal(unused, Routed().experts[2].weight)
+
+
+def test_a_parameter_used_on_one_rank_is_updated_on_all_and_one_that_nobody_used_on_none(processes):
+    processes.run(check_unused_expert)
+
+
+def first_norm(attach, same_data):
+    dist.barrier()
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    model = Routed()
+    optimizer = SGC(model.parameters(), **SKETCHED)
+    if attach:
+        optimizer.attach(model)
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    x = torch.randn(256, 32, generator=torch.Generator().manual_seed(0 if same_data else rank))
+    (ddp(x, 0) - x.flip(1)).square().mean().backward()
+    return torch.nn.utils.clip_grad_norm_(ddp.parameters(), math.inf).item()
+
+
+def test_the_norm_is_that_of_the_mean_gradient(processes):
+    assert processes.run(first_norm, True, True) == pytest.approx(processes.run(first_norm, False, True), rel=1e-5)
+    assert processes.run(first_norm, True, False) == pytest.approx(processes.run(first_norm, False, False), rel=0.1)
+
+
+def bytes_on_the_wire():
+    model, optimizer, *_ = train(True, 4)
+    sent = optimizer.stats()["reduced_bytes"]
+    states = [state for state in optimizer.state.values() if "sketch" in state]
+    sketches = sum(state["sketch"].numel() for state in states)
+    statistics = sum(state["row"].numel() + state["col"].numel() + 3 for state in states)
+    assert sent == 4 * (sketches + statistics)
+    entries = [param.numel() for param in model.parameters() if "sketch" in optimizer.state[param]]
+    widths = [32, 48, 48, 48, 48]  # n of each: a row, as rows have fewer than chunk_size entries
+    assert sketches == sum(count * 16 / n for count, n in zip(entries, widths, strict=True))
+
+
+def test_ranks_send_sketches_and_the_statistic_and_nothing_else(processes):
+    processes.run(bytes_on_the_wire)
+
+
+def skip_counts(attach):
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    model = Routed()
+    optimizer = SGC(model.parameters(), **SKETCHED)
+    if attach:
+        optimizer.attach(model)
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    if rank == 1:
+        model.first.weight.register_hook(lambda gradient: gradient * math.nan)
+    before = weights(model), model.first.weight.detach().clone()
+    x = torch.randn(8, 32)
+    (ddp(x, 0) - x).square().mean().backward()
+    optimizer.step()
+    assert torch.equal(model.first.weight, before[1])
+    assert not torch.equal(weights(model), before[0])
+    assert same_on_all_ranks(weights(model))
+    return optimizer.stats()["skipped_tensors"]
+
+
+@pytest.mark.parametrize("attach", [True, False])
+def test_a_nan_on_one_rank_skips_the_same_tensor_on_every_rank(processes, attach):
+    assert processes.run(skip_counts, attach) == [1, 1]
+
+
+def disagree(name, values):
+    rank = dist.get_rank()
+    model = torch.nn.Linear(64, 64)
+    optimizer = SGC(model.parameters(), **{**SKETCHED, name: values[rank]})
+    model(torch.ones(1, 64)).sum().backward()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(("name", "values"), [("sketch_size", (16, 17)), ("seed", (0, 1)), ("weight_decay", (0, 0.1))])
+def test_ranks_that_disagree_are_refused_at_the_first_step(processes, name, values):
+    refused = [message for message in processes.run(disagree, name, values) if message]
+    assert len(refused) == 1  # whoever came second
+    for rank in (0, 1):
+        assert f"{name}={values[rank]} on rank {rank}" in refused[0]
+
+
+def attach_too_late():
+    model = Routed()
+    optimizer = SGC(model.parameters(), **SKETCHED)
+    with pytest.raises(RuntimeError, match="before the model is wrapped"):
+        optimizer.attach(DistributedDataParallel(model))
+    late = SGC(model.parameters(), **SKETCHED)
+    late.attach(model)
+    outer = torch.nn.Sequential(model)
+    ddp = DistributedDataParallel(outer)  # it was not told which parameters of the outer module to ignore
+    with pytest.raises(RuntimeError, match="very module"):
+        late._compressor._join(ddp)
+
+
+def test_attaching_too_late_or_to_another_module_is_refused(processes):
+    processes.run(attach_too_late)
+
+
+def all_compressed():
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32, bias=False), torch.nn.Linear(32, 64, bias=False))
+    optimizer = SGC(model.parameters(), **SKETCHED)
+    optimizer.attach(model)
+    ddp = DistributedDataParallel(model)
+    ddp(torch.randn(4, 32)).square().sum().backward()
+    assert not isinstance(model[0].weight.grad, CompressedGradient)  # the smaller stays with DistributedDataParallel
+    assert isinstance(model[1].weight.grad, CompressedGradient)
+    optimizer.step()
+    assert same_on_all_ranks(weights(model))
+
+
+def test_a_model_of_compressed_tensors_alone_leaves_one_to_ddp(processes):
+    processes.run(all_compressed)
