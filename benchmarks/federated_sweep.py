@@ -39,16 +39,16 @@ def main() -> None:
         return
     args = federated_mnist.parse(["--dataset", arguments.data])
     data = federated_mnist.open_data(args)
-    for name in names:
-        for cell in federated_sweeps.SWEEPS[name]():
-            key = federated_sweeps.key_of(cell)
-            if any(federated_sweeps.key_of(row["cell"]) == key for row in harness.rows(RESULTS)):
-                continue
-            with harness.claim(RESULTS, hashlib.sha256(key.encode()).hexdigest()[:16]) as mine:
-                if mine:
-                    result = federated_sweeps.play(cell, args, data, federated_mnist.simulation)
-                    harness.add_row(RESULTS, {"sweep": name, "dataset": "mnist", "cell": cell, **result})
-                    print(name, cell, result["accuracy"], flush=True)
+    cells = [(name, cell) for name in names for cell in federated_sweeps.SWEEPS[name]()]
+    for name, cell in sorted(cells, key=lambda pair: pair[1]["seed"]):  # whole figures of one seed first
+        key = federated_sweeps.key_of(cell)
+        if any(federated_sweeps.key_of(row["cell"]) == key for row in harness.rows(RESULTS)):
+            continue
+        with harness.claim(RESULTS, hashlib.sha256(key.encode()).hexdigest()[:16]) as mine:
+            if mine:
+                result = federated_sweeps.play(cell, args, data, federated_mnist.simulation)
+                harness.add_row(RESULTS, {"sweep": name, "dataset": "mnist", "cell": cell, **result})
+                print(name, cell, result["accuracy"], flush=True)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def labels_of(dataset: Dataset, column: str) -> NDArray[Any]:
     """
     if column not in dataset.column_names:
         raise ValueError(f"the data have no column {column!r}, only {', '.join(dataset.column_names)}")
-    values = dataset.with_format(None)[column]
+    values = dataset.with_format(None)[column][:]
     missing = sum(value is None for value in values)
     if missing:
         raise ValueError(f"every row needs a label, column {column!r} has {missing} without")

@@ -83,6 +83,13 @@ class Data:
     columns: list[str]
     classes: int
     image: tuple[int, int] | None = None  # channels, side
+    pictures: tuple[Tensor, Tensor] | None = None  # of the training and the test rows
+
+    def columns_of(self, *, test: bool) -> dict[str, Tensor]:
+        """Read the rows into tensors."""
+        held = {} if self.pictures is None else {"pixel_values": self.pictures[test]}
+        rows = self.test if test else self.train
+        return held | tensors_of(rows, [name for name in self.columns if name not in held])
 
 
 def open_data(args: argparse.Namespace) -> Data:
@@ -130,15 +137,13 @@ def idx_folder(folder: Path) -> Data:
 
 def images(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]) -> Data:
     """Make rows of pictures (N, channels, side, side) in [0, 1] and labels."""
-    sets = []
-    for pictures, labels in (train, test):
-        rows = Dataset.from_dict({"labels": labels.astype(np.int64)})
-        rows.pixels = torch.from_numpy(np.ascontiguousarray(pictures, dtype=np.float32))
-        sets.append(rows)
+    sets = [Dataset.from_dict({"labels": labels.astype(np.int64)}) for _, labels in (train, test)]
+    pictures = [torch.from_numpy(np.ascontiguousarray(each, dtype=np.float32)) for each, _ in (train, test)]
     channels, height, width = train[0].shape[1:]
     if height != width:
         raise ValueError(f"pictures must be square, got {height}×{width}")
-    return Data(*sets, ["pixel_values", "labels"], int(max(train[1].max(), test[1].max())) + 1, (channels, height))
+    classes = int(max(train[1].max(), test[1].max())) + 1
+    return Data(*sets, ["pixel_values", "labels"], classes, (channels, height), (pictures[0], pictures[1]))
 
 
 def hub_data(name: str, args: argparse.Namespace) -> Data:
@@ -187,12 +192,6 @@ def texts(train: Dataset, test: Dataset, labels: list[np.ndarray], args: argpars
         columns = {name: encoded[name] for name in ("input_ids", "attention_mask")}
         sets.append(Dataset.from_dict({**columns, "labels": answers.astype(np.int64)}))
     return Data(*sets, ["input_ids", "attention_mask", "labels"], int(max(each.max() for each in labels)) + 1)
-
-
-def columns_of(rows: Dataset, columns: list[str]) -> dict[str, Tensor]:
-    """Read rows into tensors; pictures are held as one already."""
-    held = {"pixel_values": rows.pixels} if hasattr(rows, "pixels") else {}
-    return held | tensors_of(rows, [name for name in columns if name not in held])
 
 
 # ------------------------------------------------------------------------------------------ model and links
@@ -294,9 +293,9 @@ def simulation(args: argparse.Namespace, data: Data, output_dir: Path | None) ->
         LocalTraining(
             model=model, steps=args.steps, batch_size=args.batch_size or None, optimizer=open_optimizer(args)
         ),
-        columns_of(data.train, data.columns),
+        data.columns_of(test=False),
         parts,
-        test=columns_of(data.test, data.columns),
+        test=data.columns_of(test=True),
         downlink=open_downlink(args),
         uplink=open_uplink(args, size),
         server_lr=args.server_lr,
