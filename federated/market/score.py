@@ -17,7 +17,7 @@ from torch import Tensor
 
 THRESHOLD = 0.01  # of λ₁: a direction with less is not compared
 FLOOR = 0.05  # a ratio counts as at least this, and at most one minus this
-BLOCK_ENTRIES = 1 << 20  # entries of the data worked on at a time, in cache
+BLOCK_ENTRIES = 1 << 21  # entries of the data worked on at a time, in cache
 
 
 @dataclass(frozen=True)
