@@ -142,9 +142,6 @@ def find_pieces(flat: Tensor, tensors: Sequence[Tensor | None]) -> tuple[list[Pi
         group = getattr(tensor, "_dp_group", None) if group is None else group  # a rank may hold padding only
         if mapping is None or mapping.hp_fragment.untyped_storage().data_ptr() != flat.untyped_storage().data_ptr():
             continue
-        owner = getattr(tensor, "_zero_optimizer", None)
-        if getattr(owner, "elastic_checkpoint", False):
-            raise ValueError('DeepSpeed\'s "elastic_checkpoint" cuts the state of SGC: it must be false, got true')
         inside, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
         piece = Piece(numbers[id(tensor)], tuple(tensor.shape), whole.start, whole.start + whole.numel, inside.start)
         pieces.append(piece)

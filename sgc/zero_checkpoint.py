@@ -131,8 +131,7 @@ def _recut(saved: list[dict[str, Any]], ranks: int, zero3: bool) -> list[dict[st
             for rank, (flat, state, padding) in enumerate(_cut(whole, ranks, group, zero3)):
                 flats[rank].append(flat)
                 paddings[rank].append(padding)
-                if state:
-                    states[rank][partition] = state
+                states[rank][partition] = state
     for rank, content in enumerate(fresh):
         own = content["optimizer_state_dict"]
         own[OPTIMIZER[zero3]] = {**own[OPTIMIZER[zero3]], "state": states[rank], "param_groups": copy.deepcopy(groups)}
