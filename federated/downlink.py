@@ -51,10 +51,13 @@ class Reception:
     Args:
         devices: (J,) int64, the participants.
         traffic: what was used.
+        messages: what digital links send, by device: it moves the θ̂_m that the device holds, whether it takes part or
+            only listens.
     """
 
     devices: Tensor
     traffic: Traffic = field(default_factory=Traffic)
+    messages: dict[int, Quantized] = field(default_factory=dict)
 
     def receive(self, devices: Tensor) -> Tensor:
         """Give θ̂_m of some participants (B,) as (B, d) fp32, not to be written to."""
@@ -128,7 +131,9 @@ class DigitalDownlink(Downlink):
             return Reception(candidates[:0], Traffic(bits=0, silent=len(candidates)))
         memory[0] += message.dense()
         traffic = Traffic(message.bits, self.symbols * self.channel.subchannels, self.channel.power)
-        return _Shared(memory[0], candidates, traffic)
+        reception = _Shared(memory[0], candidates, traffic)
+        reception.messages = dict.fromkeys(range(num_devices), message)
+        return reception
 
 
 class AnalogDownlink(Downlink):
@@ -207,18 +212,16 @@ class SelectionDownlink(Downlink):
         rates = capacities(self.channel, candidates.tolist(), self.symbols, draws)
         best = rates.argsort(descending=True, stable=True)[: self.participants].sort().values
         shares = share(self.symbols, len(best))
-        served, bits = [], 0
+        messages: dict[int, Quantized] = {}
         for device, rate, symbols in zip(candidates[best].tolist(), rates[best].tolist(), shares, strict=True):
             message = self.message(theta, memory[device], rate * symbols / self.symbols, draws, device)
             if message is not None:
                 memory[device] += message.dense()
-                served.append(device)
-                bits += message.bits
-        traffic = Traffic(
-            bits, self.symbols * self.channel.subchannels if served else 0, self.channel.power if served else 0.0
-        )
-        traffic.silent = len(best) - len(served)
-        return _Remembered(torch.tensor(served, dtype=torch.int64), traffic, memory)
+                messages[device] = message
+        traffic = Traffic(sum(message.bits for message in messages.values()), silent=len(best) - len(messages))
+        if messages:
+            traffic.channel_uses, traffic.power = self.symbols * self.channel.subchannels, self.channel.power
+        return _Remembered(memory, messages, traffic)
 
     def message(self, theta: Tensor, held: Tensor, bits: float, draws: Draws, device: int) -> Quantized | None:
         """Quantize θ − θ̂_m into what one device's share carries."""
@@ -228,8 +231,8 @@ class SelectionDownlink(Downlink):
 class _Remembered(Reception):
     """Every participant has its own row of the memory."""
 
-    def __init__(self, devices: Tensor, traffic: Traffic, memory: Tensor) -> None:
-        super().__init__(devices, traffic)
+    def __init__(self, memory: Tensor, messages: dict[int, Quantized], traffic: Traffic) -> None:
+        super().__init__(torch.tensor(list(messages), dtype=torch.int64), traffic, messages)
         self.memory = memory
 
     def receive(self, devices: Tensor) -> Tensor:
