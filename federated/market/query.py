@@ -100,12 +100,16 @@ class BuyerQuery:
         content.update(json.dumps(asdict(self.encoder), sort_keys=True).encode())
         return content.hexdigest()
 
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file."""
+    def to_bytes(self) -> bytes:
+        """Give the file's content, safetensors."""
         from safetensors.torch import save
 
         metadata = {"sgc_market": json.dumps({"kind": "query", "version": VERSION, "encoder": asdict(self.encoder)})}
-        _write(Path(path), save({"directions": self.directions.contiguous()}, metadata))
+        return save({"directions": self.directions.contiguous()}, metadata)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file."""
+        _write(Path(path), self.to_bytes())
 
     @classmethod
     def load(cls, path: str | Path) -> BuyerQuery:
@@ -114,7 +118,14 @@ class BuyerQuery:
         Raises:
             ValueError: anything in the file is not as it must be.
         """
-        tensors, header = _read_tensors(Path(path), "query", MAX_QUERY_BYTES)
+        return cls.from_bytes(_read(Path(path), "query", MAX_QUERY_BYTES))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> BuyerQuery:
+        """Read the file's content; raises as `load`."""
+        if len(data) > MAX_QUERY_BYTES:
+            raise ValueError(f"a query must have at most {MAX_QUERY_BYTES} bytes, got {len(data)}")
+        tensors, header = _tensors(data, "query")
         _fields(header, {"kind", "version", "encoder"}, "query")
         if set(tensors) != {"directions"}:
             raise ValueError(f"a query must hold one tensor, 'directions', got {len(tensors)} tensors")
@@ -274,7 +285,7 @@ class BuyerKey:
     @classmethod
     def load(cls, path: str | Path) -> BuyerKey:
         """Read a key; raises ValueError as `BuyerQuery.load` does."""
-        tensors, header = _read_tensors(Path(path), "key", MAX_QUERY_BYTES)
+        tensors, header = _tensors(_read(Path(path), "key", MAX_QUERY_BYTES), "key")
         names = {"kind", "version", "query", "decoys", "rows", "dimension", "energy", "energy_se"}
         _fields(header, names, "key")
         if set(tensors) != {"rotation", "mean", "second", "variance_se"}:
@@ -440,19 +451,18 @@ def _read(path: Path, kind: str, limit: int) -> bytes:
     return data
 
 
-def _read_tensors(path: Path, kind: str, limit: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _tensors(data: bytes, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    data = _read(path, kind, limit)
     try:
         tensors = load(data)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"'{path}' is no safetensors file: {_short(error)}") from None
+        raise ValueError(f"the {kind} is no safetensors file: {_short(error)}") from None
     end = 8 + int.from_bytes(data[:8], "little")
     metadata = _parse(data[8:end], kind).get("__metadata__")
     if not isinstance(metadata, dict) or not isinstance(metadata.get("sgc_market"), str):
-        raise ValueError(f"'{path}' is no {kind}: it lacks the 'sgc_market' entry")
+        raise ValueError(f"this is no {kind}: it lacks the 'sgc_market' entry")
     return tensors, _parse(metadata["sgc_market"], kind)
 
 

@@ -1,0 +1,137 @@
+"""The market over Flower: the buyer is the server, every seller a client; what travels is what the files hold.
+
+app = seller_app(open_seller)                      # a seller's ClientApp
+responses, refusals = ask(grid, query)             # in the buyer's ServerApp
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+try:
+    from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import Grid
+except ImportError as error:
+    raise ImportError(
+        "federated.market.flower needs Flower: pip install 'sgc[federated]' on Python 3.11 or newer"
+    ) from error
+
+from federated.market.privacy import Ledger, private_answer
+from federated.market.query import BuyerQuery, Encoder, SellerResponse, answer
+
+MOST_TEXT = 300  # characters of a refusal that are passed on
+
+
+@dataclass(frozen=True)
+class Seller:
+    """What a client has.
+
+    Args:
+        name: of the seller.
+        encoder: how its rows are embedded.
+        batches: gives its rows anew, as tensors (m, D).
+        epsilon: of each answer, or None for no noise.
+        delta: the same.
+        clip: the largest norm of a row, where there is noise.
+        ledger: adds up what all answers spend.
+    """
+
+    name: str
+    encoder: Encoder
+    batches: Callable[[], Iterable[Tensor]]
+    epsilon: float | None = None
+    delta: float = 1e-6
+    clip: float = 1.0
+    ledger: Ledger | None = None
+
+    def reply(self, query: BuyerQuery) -> SellerResponse:
+        """Answer a query; raises ValueError as `query.answer` and `privacy.private_answer` do."""
+        query.encoder.check(self.encoder)
+        if self.epsilon is None:
+            return answer(query, self.batches(), self.encoder, self.name)
+        return private_answer(
+            query,
+            self.batches(),
+            self.encoder,
+            self.name,
+            epsilon=self.epsilon,
+            delta=self.delta,
+            clip=self.clip,
+            ledger=self.ledger,
+        )
+
+
+def seller_app(open_seller: Callable[[Context], Seller]) -> ClientApp:
+    """Make the ClientApp of a seller, which answers queries and refuses with a sentence what it can't answer.
+
+    Args:
+        open_seller: makes the seller from its node's context.
+    """
+    app = ClientApp()
+
+    @app.query()
+    def reply(message: Message, context: Context) -> Message:
+        try:
+            data = message.content["query"]["file"]
+            if not isinstance(data, bytes):
+                raise ValueError("a query must be bytes")
+            record = ConfigRecord({"response": open_seller(context).reply(BuyerQuery.from_bytes(data)).to_json()})
+        except (ValueError, KeyError) as error:
+            record = ConfigRecord({"refusal": str(error)[:MOST_TEXT]})
+        return Message(RecordDict({"answer": record}), reply_to=message)
+
+    return app
+
+
+def ask(
+    grid: Grid, query: BuyerQuery, *, sellers: int = 1, timeout: float = 300.0
+) -> tuple[list[SellerResponse], dict[int, str]]:
+    """Send a query to every client that is there.
+
+    Args:
+        grid: of the ServerApp.
+        query: the buyer's.
+        sellers: to wait for.
+        timeout: seconds to wait for them, and then for their answers.
+
+    Returns:
+        The answers, and by node what it said instead: a seller's refusal, or what is wrong with its answer. Who did not
+        answer in time is in neither.
+
+    Raises:
+        RuntimeError: fewer sellers came in time.
+    """
+    end = time.monotonic() + timeout
+    while len(nodes := list(grid.get_node_ids())) < sellers:
+        if time.monotonic() > end:
+            raise RuntimeError(f"{sellers} sellers are needed, {len(nodes)} came in {timeout:.0f} s")
+        time.sleep(0.2)
+    content = RecordDict({"query": ConfigRecord({"file": query.to_bytes()})})
+    replies = grid.send_and_receive([Message(content, node, MessageType.QUERY) for node in nodes], timeout=timeout)
+    responses, refusals = [], {}
+    for reply in replies:
+        node = reply.metadata.src_node_id
+        if not reply.has_content():
+            refusals[node] = "it failed"
+            continue
+        try:
+            record = reply.content["answer"]
+            if "refusal" in record:
+                raise ValueError(_plain(str(record["refusal"])))
+            response = SellerResponse.from_json(str(record["response"]))
+            if response.query != query.identifier:
+                raise ValueError("it answers another query, or an altered one")
+            responses.append(response)
+        except (ValueError, KeyError) as error:
+            refusals[node] = str(error)
+    return responses, refusals
+
+
+def _plain(text: str) -> str:
+    """Make a stranger's sentence safe to print."""
+    return "".join(c if c.isprintable() else "?" for c in text[:MOST_TEXT])
