@@ -312,7 +312,7 @@ class Suite(NamedTuple):
 
 SUITES = {
     "glue": Suite(
-        (("SST-2", 150, 16, 0), ("CoLA", 300, 32, 0), ("RTE", 300, 32, 0)),
+        (("SST-2", 150, 16, 0), ("CoLA", 300, 32, 0), ("RTE", 100, 16, 0)),
         ("frozen", "adamw", "sgc()"),
     ),
     "sketch": Suite((("SST-2", 150, 16, 0),), ("frozen", "adamw", "sgc()", "sgc(sketch_size=32)")),

@@ -156,7 +156,8 @@ SGC_OPTIONS = [  # lr, betas, eps and weight_decay are TrainingArguments
 SGC_HELP = {
     "embeddings": "what becomes of embeddings and head: compressed, dense (AdamW) or frozen",
     "overrides": 'SGC\'s arguments by module, as JSON: {"lm_head": {"sketch_size": 64}, "q_proj": "dense"}',
-    "compressed_gradients": "sketch every gradient as soon as backward has made it",
+    "compressed_gradients": "compress every gradient as soon as backward has made it, and free it",
+    "sample_every": "with compressed gradients, of tensors without a sketch: one entry in so many is held (8)",
 }
 SGCArguments = dataclasses.make_dataclass(
     "SGCArguments",

@@ -410,9 +410,10 @@ def train(
     trained = [p for p in model.parameters() if p.requires_grad]
     count, total = (sum(entries(p) for p in params) for params in (trained, model.parameters()))
     say(f"{run.name}: {count:,} of {total:,} parameters are trained, {trained[0].dtype}, lr {run.learning_rate:g}")
-    before = judge(job, trainer) if first and not trainer.is_deepspeed_enabled else {}
-    if first and trainer.is_deepspeed_enabled:
-        say("note: DeepSpeed has no engine before training begins: the model is judged after it only")
+    engine = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled  # has the model only together with its optimizer
+    before = judge(job, trainer) if first and not engine else {}
+    if first and engine:
+        say("note: DeepSpeed and FSDP take the model when training begins: it is judged after that only")
     if trainer.is_world_process_zero():
         run.folder.mkdir(parents=True, exist_ok=True)
         report.write_json(run.folder / "run.json", {"optim": run.name, "sgc": sgc_kwargs, "lr": run.learning_rate})

@@ -1,13 +1,18 @@
-"""Compressed gradients: every gradient is sketched as soon as backward has made it, and freed. (ours)
+"""Compressed gradients: every gradient is compressed as soon as backward has made it, and freed. (ours)
 
 `param.grad` of an attached parameter becomes a `CompressedGradient`: a tensor of the right shape, dtype and device that
-holds a sketch. Its norm is the gradient's; it can be added to, scaled, unscaled and zeroed. So accumulation, clipping,
+holds its sketch. Its norm is the gradient's; it can be added to, scaled, unscaled and zeroed. So accumulation, clipping,
 loss scaling and `zero_grad` work as they are, whoever calls them, and `step` remains the only place where weights move.
 
-Let gᵢ be what a micro-batch on a rank added, W the ranks, and c the factor that clipping and unscaling have put on the
-sum, so the gradient is g = (c/W)·Σgᵢ. Held are Σpᵢ, with pᵢ = A·top_s(gᵢ / √v̂ᵢ) and v̂ᵢ made of R, C and the mean of
-gᵢ² so far; Σ‖gᵢ‖²; Σ‖pᵢ‖²; and the sums of the row and column means of gᵢ². The second moment needs (Σgᵢ)², which is
-larger than Σgᵢ² by up to their number N where the gᵢ agree; ‖Σpᵢ‖²/Σ‖pᵢ‖² of each tensor estimates by how much.
+Where there is no sketch to hold a gradient in, one entry in m is held, another at every step, so that each has its turn
+once in m steps and then moves √m times as far: the update has the norm of a whole one. That is linear, and whitened
+when all is known: micro-batches and ranks make the update of their batch, but for the estimate of R and C.
+
+With a sketch: let gᵢ be what a micro-batch on a rank added (times the c of the last step, since R and C are of clipped
+and unscaled gradients), W the ranks, and c the factor that clipping and unscaling put on the sum afterwards, so the
+gradient is g = (c/W)·Σgᵢ. Held are Σpᵢ, with pᵢ = A·top_s(gᵢ / √v̂ᵢ) and v̂ᵢ made of R, C and the mean of gᵢ² so far;
+Σ‖gᵢ‖²; Σ‖pᵢ‖²; and the sums of the row and column means of gᵢ². The second moment needs (Σgᵢ)², which is larger than
+Σgᵢ² by up to their number N where the gᵢ agree; ‖Σpᵢ‖²/Σ‖pᵢ‖² of each tensor estimates by how much.
 """
 
 from __future__ import annotations
@@ -23,7 +28,8 @@ from torch import Tensor, nn
 
 from sgc import memory, moments
 from sgc.codec.layout import Layout
-from sgc.step import encode, mean_squares, whiten_by
+from sgc.codec.project import mix
+from sgc.step import Whitening, encode, mean_squares, whiten_by
 
 if TYPE_CHECKING:
     from sgc.optimizer import SGC
@@ -35,7 +41,7 @@ aten = torch.ops.aten
 class Sums(NamedTuple):
     """Views of one tensor's part of a buffer, each a sum over micro-batches (after `finish`, over ranks too)."""
 
-    p: Tensor  # (c, k) sketches
+    p: Tensor  # (c, k) sketches; without a sketch (⌈d/m⌉,) entries of the gradient
     q: Tensor | None  # (c, k) sketches of squares, for "sketched"
     row: Tensor  # (rows,) row means of gᵢ²; empty for rules without
     col: Tensor  # (cols,)
@@ -72,9 +78,13 @@ class Buffer:
 class Slot:
     """One attached parameter: its chunks, and where its sums lie in the buffer of its bucket."""
 
-    def __init__(self, number: int, param: Tensor, layout: Layout, rule: str, sketch_size: int) -> None:
+    def __init__(self, number: int, param: Tensor, layout: Layout, group: Mapping[str, Any], sample_every: int) -> None:
         self.number, self.param, self.layout = number, param, layout
-        sketch = (layout.chunks, min(sketch_size, layout.chunk))
+        rule, sketch_size = group["moments"], group["sketch_size"]
+        self.sample_every = 0 if sketch_size else sample_every  # m; 0: a sketch is held
+        sketch: tuple[int, ...] = (layout.chunks, min(sketch_size, layout.chunk))
+        if not sketch_size:
+            sketch = (math.ceil(layout.numel / sample_every),)
         factored = rule in moments.FACTORED
         self.shapes: list[tuple[int, ...]] = [
             sketch,
@@ -102,6 +112,12 @@ class Slot:
         for flat in (buffer.flat, buffer.earlier):
             if flat is not None:
                 self.part(flat).zero_()
+
+    def first(self, seed: int, t: int) -> int:
+        """Give the first entry whose gradient is held for update t; it takes the turns of a cycle in random order."""
+        cycle, turn = divmod(t - 1, self.sample_every)
+        key = mix(mix(seed & 0xFFFFFFFF) ^ cycle)
+        return sorted(range(self.sample_every), key=lambda entry: mix(key ^ (entry + 1)))[turn]
 
     @property
     def held(self) -> CompressedGradient | None:
@@ -156,7 +172,7 @@ class CompressedGradient(Tensor):
 
     def __init__(self, compressor: Compressor, slot: Slot, buffer: Buffer) -> None:
         self.compressor, self.slot, self.buffer = compressor, slot, buffer
-        self.prescale = compressor.inverse_loss_scale  # gradients are multiplied by it before they are added
+        self.prescale = None if slot.sample_every else compressor.last_factor  # multiplies what is added
         self.scale = torch.ones((), dtype=torch.float32, device=slot.param.device)  # c
         if self.prescale is not None:
             self.scale = self.scale / self.prescale
@@ -167,7 +183,7 @@ class CompressedGradient(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"CompressedGradient(shape={tuple(self.shape)}, sketch={self.slot.shapes[0]})"
+        return f"CompressedGradient(shape={tuple(self.shape)}, held={self.slot.shapes[0]})"
 
     def sums(self) -> Sums:
         """View what is held."""
@@ -191,15 +207,32 @@ class CompressedGradient(Tensor):
             state: of its tensor, with "step" already counting this update.
             group: the hyperparameters.
         """
-        sums, beta2 = self.sums(), group["betas"][1]
-        factor = self.scale / self.compressor.world_size
-        square = agreement(sums) * factor.square()
+        sums, beta2, t = self.sums(), group["betas"][1], int(state["step"])
+        factor, square = self._factors(sums)
         if group["moments"] in moments.FACTORED:
             row, col = sums.row * square, sums.col * square
             factor = factor * _rewhitening(state["col"], beta2, sums.col / sums.number, col)
-            moments.factor(state["row"], state["col"], row, col, beta2, int(state["step"]))
-        self.spent = True
+            moments.factor(state["row"], state["col"], row, col, beta2, t)
         return sums.p * factor, None if sums.q is None else sums.q * square
+
+    def advance_sampled(self, state: dict[str, Any], group: Mapping[str, Any]) -> tuple[Whitening, Tensor, int, int]:
+        """Move R and C by the gradient, and give its whitening and the entries held: value (⌈d/m⌉,), first one, and m.
+
+        Args:
+            state: of its tensor, with "step" already counting this update.
+            group: the hyperparameters.
+        """
+        sums, t = self.sums(), int(state["step"])
+        factor, square = self._factors(sums)
+        whitening = whiten_by(state, sums.row * square, sums.col * square, group["betas"][1], t)
+        return whitening, sums.p * factor, self.slot.first(group["seed"], t), self.slot.sample_every
+
+    def _factors(self, sums: Sums) -> tuple[Tensor, Tensor]:
+        """Give c/W, and what Σgᵢ² is multiplied by to be g²."""
+        self.spent = True
+        self.compressor.expect(self.scale if self.prescale is None else self.scale * self.prescale)
+        factor = self.scale / self.compressor.world_size
+        return factor, agreement(sums) * factor.square()
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -215,7 +248,7 @@ class CompressedGradient(Tensor):
 
 
 def agreement(sums: Sums) -> Tensor:
-    """Estimate (Σgᵢ)² / Σgᵢ², between 1/N and N, by ‖Σpᵢ‖² / Σ‖pᵢ‖²; 1 for a single gradient."""
+    """Estimate (Σgᵢ)² / Σgᵢ², at most N, by ‖Σpᵢ‖² / Σ‖pᵢ‖²; 1 for a single gradient."""
     share = sums.p.square().sum() / sums.sketch_sq.clamp(min=torch.finfo(torch.float32).tiny)
     return torch.where(sums.number > 1, torch.minimum(share, sums.number), 1.0)
 
@@ -286,7 +319,6 @@ def _unscale(func: Any, gradients: Sequence[Tensor], found_inf: Tensor, inv_scal
             norm_sq = gradient.true_norm().square()
             found_inf.copy_(torch.maximum(found_inf, (~norm_sq.isfinite()).to(found_inf)))
             _scale(func, gradient, inv_scale.squeeze())
-            gradient.compressor.inverse_loss_scale = inv_scale.detach().clone().squeeze()
 
 
 _FOREACH = {
@@ -321,18 +353,17 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 class Compressor:
     """The hooks of one optimizer on one model, and the sums over micro-batches and ranks."""
 
-    def __init__(self, optimizer: SGC, model: nn.Module) -> None:
+    def __init__(self, optimizer: SGC, model: nn.Module, sample_every: int) -> None:
         _check_model(optimizer, model)
+        if not (isinstance(sample_every, int) and sample_every >= 1):
+            raise ValueError(f"sample_every must be a whole number of at least 1, got {sample_every!r}")
         self._optimizer = weakref.ref(optimizer)
-        self.slots = {slot.param: slot for slot in _slots(optimizer)}
+        self.slots = {slot.param: slot for slot in _slots(optimizer, sample_every)}
         if not self.slots:
-            raise ValueError(
-                "compressed gradients need a sketch to be held in, and no parameter has one: set sketch_size, for "
-                "example SGC(params, lr, sketch_size=32)"
-            )
+            raise ValueError("no gradient can be compressed: every trained tensor is smaller than its min_size")
         self.world_size = 1
         self._sent_bytes = self._reduced_bytes = 0  # to the ranks since the last step, and for it
-        self.inverse_loss_scale: Tensor | None = None  # as GradScaler last had it: R and C are of gradients without it
+        self.last_factor: Tensor | None = None  # what clipping and unscaling made of the gradients of the last step
         self._group: Any = None
         self._sending: list[Buffer] = []
         self._last = False  # whether ranks sum after the backward under way
@@ -410,7 +441,7 @@ class Compressor:
         for flat in (held.buffer.flat, held.buffer.earlier):
             if flat is not None:
                 sums = held.slot.sums(flat)
-                if group["moments"] in moments.FACTORED:
+                if group["moments"] in moments.FACTORED and not held.slot.sample_every:
                     col = optimizer._state_of(held.slot.param, group)["col"]
                     used = sums.col / sums.number.clamp(min=1)
                     factor = held.scale * _rewhitening(col, group["betas"][1], used, used * square)
@@ -424,8 +455,6 @@ class Compressor:
     def _encode(self, slot: Slot, gradient: Tensor, held: CompressedGradient) -> None:
         optimizer, param, layout, sums = self._owner(), slot.param, slot.layout, held.sums()
         group = optimizer._group_of(slot.number)
-        projection = optimizer._projection(group)
-        assert projection is not None  # attached tensors have a sketch
         if held.prescale is not None:
             gradient = gradient.float() * held.prescale
         single = gradient.float() if gradient.dtype is torch.float64 else gradient
@@ -434,16 +463,29 @@ class Compressor:
         grid, whitening = layout.grid(gradient), None
         if group["moments"] in moments.FACTORED:
             state = optimizer._state_of(param, group)
+            t = int(state["step"]) + 1
             for total, mean in zip((sums.row, sums.col), mean_squares(grid, layout), strict=True):
                 total.add_(mean)
+        if slot.sample_every:
+            value = gradient.reshape(-1)[slot.first(group["seed"], t) :: slot.sample_every].float()
+            sums.p[: len(value)].add_(value)
+            sums.sketch_sq.add_(value.square().sum())
+            return
+        if group["moments"] in moments.FACTORED:
             moved = {name: state[name].clone() for name in ("row", "col")}
-            t = int(state["step"]) + 1
             whitening = whiten_by(moved, sums.row / sums.number, sums.col / sums.number, group["betas"][1], t)
+        projection = optimizer._projection(group)
+        assert projection is not None  # there is a sketch
         p, q = encode(grid, layout, whitening, projection, group)
         sums.sketch_sq.add_(p.square().sum())
         sums.p.add_(p)
         if sums.q is not None and q is not None:
             sums.q.add_(q)
+
+    def expect(self, factor: Tensor) -> None:
+        """Expect of the next step that clipping and unscaling multiply its gradients by this factor, too."""
+        usable = factor.isfinite() & (factor > 0)
+        self.last_factor = torch.where(usable, factor, 1.0 if self.last_factor is None else self.last_factor)
 
     # -- using
 
@@ -474,8 +516,10 @@ class Compressor:
         }
 
     @torch.no_grad()
-    def restore(self, pending: dict[int, Tensor]) -> None:
-        """Put the gradients of a checkpoint back."""
+    def restore(self, pending: dict[int, Tensor], factor: float | None) -> None:
+        """Put the gradients of a checkpoint back, and the factor of the last step."""
+        device = next(iter(self.slots)).device
+        self.last_factor = None if factor is None else torch.tensor(factor, dtype=torch.float32, device=device)
         for slot in self.slots.values():
             slot.param.grad = None
             if slot.number in pending:
@@ -587,13 +631,18 @@ def _check_model(optimizer: SGC, model: nn.Module) -> None:
             raise ValueError(f"{optimizer._parameter_name(number)} of this optimizer is not a parameter of the model")
 
 
-def _slots(optimizer: SGC) -> list[Slot]:
+def _slots(optimizer: SGC, sample_every: int) -> list[Slot]:
     """Make a slot for every parameter whose gradients can be compressed."""
     slots = []
     for number, param, group in optimizer._numbered():
         layout = memory.tensor_layout(param.shape, group)
-        if layout is None or not group["sketch_size"] or not param.requires_grad:
+        if layout is None or not param.requires_grad:
             continue
+        if not group["sketch_size"] and group["recovered"] is not None:
+            raise ValueError(
+                f"without a sketch, compressed gradients hold one entry in {sample_every}, and sparsity="
+                f"{group['sparsity']} selects among all: set sketch_size, or leave sparsity out"
+            )
         if memory.has_basis(param.shape, group):
             raise ValueError(
                 f"compressed gradients need a projection that does not depend on the data, got rank={group['rank']}; "
@@ -604,7 +653,7 @@ def _slots(optimizer: SGC) -> list[Slot]:
                 f"compressed gradients need whole parameters, {optimizer._parameter_name(number)} is "
                 f"{type(param.data).__name__}: sharded parameters have sharded gradients already"
             )
-        slots.append(Slot(number, param, layout, group["moments"], group["sketch_size"]))
+        slots.append(Slot(number, param, layout, group, sample_every))
     return slots
 
 

@@ -56,6 +56,7 @@ def create_sgc_optimizer(
     embeddings: str = "compressed",
     overrides: Mapping[str, Override] | None = None,
     compressed_gradients: bool = False,
+    sample_every: int | None = None,
     **sgc_kwargs: Any,
 ) -> SGC:
     """Make SGC for a model: biases and norms do not decay, frozen parameters are left out, tied ones taken once.
@@ -68,8 +69,8 @@ def create_sgc_optimizer(
             a name ("lm_head", "model.layers.0"), or the last parts of one ("q_proj": in every layer); * stands for any
             part or piece of one. It holds for all parameters below, and where keys meet, the longest match wins; what
             is frozen stays so unless a longer match says "compressed" or "dense".
-        compressed_gradients: encode gradients while backward makes them (`SGC.attach`). It needs sketches, so where
-            `sketch_size` is not given, it is an eighth of `chunk_size`.
+        compressed_gradients: compress every gradient as soon as backward has made it (`SGC.attach`).
+        sample_every: as for `SGC.attach`; default: its own.
         sgc_kwargs: of SGC, for all: lr, betas, weight_decay, sketch_size, …
 
     Returns:
@@ -87,14 +88,17 @@ def create_sgc_optimizer(
         >>> [group["param_names"] for group in optimizer.param_groups]
         [['0.weight'], ['1.weight'], ['1.bias']]
     """
-    if compressed_gradients and "sketch_size" not in sgc_kwargs:
-        sgc_kwargs["sketch_size"] = _sketch_for(sgc_kwargs)
-        _logger.info("compressed gradients need sketches: sketch_size=%d is used", sgc_kwargs["sketch_size"])
+    if sample_every is not None and not compressed_gradients:
+        raise ValueError(
+            f"sample_every={sample_every} says how gradients are compressed: set compressed_gradients=True"
+        )
     groups, frozen = parameter_groups(model, embeddings=embeddings, overrides=overrides)
     optimizer = SGC(groups, **sgc_kwargs)
     for param in frozen:
         param.requires_grad_(False)
-    return optimizer.attach(model) if compressed_gradients else optimizer
+    if compressed_gradients:
+        optimizer.attach(model, **({} if sample_every is None else {"sample_every": sample_every}))
+    return optimizer
 
 
 class SGCFactory:
@@ -111,13 +115,6 @@ class SGCFactory:
 
 
 # ------------------------------------------------------------------------------------------ parameters into groups
-
-
-def _sketch_for(sgc_kwargs: Mapping[str, Any]) -> int:
-    chunk_size = sgc_kwargs.get("chunk_size", inspect.signature(SGC).parameters["chunk_size"].default)
-    if chunk_size is None:
-        raise ValueError("compressed_gradients with chunk_size=None needs a sketch_size, got none")
-    return max(1, int(chunk_size) // 8)
 
 
 def check_overrides(overrides: Mapping[str, Override], embeddings: str) -> None:

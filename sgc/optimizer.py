@@ -24,6 +24,7 @@ from sgc.step import (
     adamw_update,
     apply_dense,
     apply_memoryless,
+    apply_sampled,
     apply_sparse,
     compressed_update,
     lowrank_update,
@@ -31,6 +32,7 @@ from sgc.step import (
 )
 from sgc.zero import Partition, Piece, Tools, find_pieces, on_cpu
 
+FACTOR = "gradient_factor"  # in a checkpoint, in every group: what clipping made of the last compressed gradients
 PENDING = "pending"  # in a checkpoint, beside the state of a tensor: its compressed gradient
 TUNABLE = ("betas", "eps", "weight_decay", "recovered", "recovery", "scale", "refresh_every", "maximize")
 PROBE_EVERY = 10  # steps from one look at the recovery to the next
@@ -181,29 +183,31 @@ class SGC(torch.optim.Optimizer):
         super().add_param_group(group)
         self._given += [weakref.ref(param) for param in self.param_groups[-1]["params"]]
 
-    def attach(self, model: nn.Module) -> SGC:
+    def attach(self, model: nn.Module, *, sample_every: int = 8) -> SGC:
         """Compress every gradient as soon as backward has made it, so that they never pile up.
 
-        From the next backward on, `param.grad` of every parameter with a sketch is a `CompressedGradient`: its sketch.
-        Accumulation, clipping, GradScaler and `zero_grad` work on it as on any gradient, and `step` remains the only
-        place where weights move. Under DistributedDataParallel, which must wrap the model afterwards, ranks sum
-        sketches instead of gradients.
+        From the next backward on, `param.grad` of every compressed parameter is a `CompressedGradient`: its sketch, or
+        where there is no sketch (sketch_size=0) every m-th of its entries, others at each step. Accumulation, clipping,
+        GradScaler and `zero_grad` work on it as on any gradient, and `step` remains the only place where weights move.
+        Under DistributedDataParallel, which must wrap the model afterwards, ranks sum these instead of gradients.
 
         Args:
             model: whose parameters the optimizer trains.
+            sample_every: m, where there is no sketch: each entry moves at one step in m, √m times as far.
 
         Returns:
             The optimizer itself.
 
         Raises:
-            ValueError: no parameter has a sketch, or `rank` is set, or a parameter is not the model's.
+            ValueError: nothing is large enough to be compressed; `rank`, or `sparsity` without a sketch, is set; a
+                parameter is not the model's; sample_every is below 1.
             TypeError: a sharded parameter.
             RuntimeError: the model is wrapped in DistributedDataParallel already.
 
         Source: ours.
         """
         self.detach()
-        self._compressor = Compressor(self, model)
+        self._compressor = Compressor(self, model, sample_every)
         return self
 
     def detach(self) -> None:
@@ -354,6 +358,11 @@ class SGC(torch.optim.Optimizer):
                 dense, sparse = lowrank_update(gradient, state, layout, projection, group, generator)
                 apply_dense(weight, dense, scaled, decay, rounding)
                 self._probe(param, layout, projection, group, sparse)
+            elif isinstance(gradient, CompressedGradient) and projection is None:
+                whitening, value, first, every = gradient.advance_sampled(state, group)
+                apply_sampled(
+                    weight, value, first, every, layout, whitening, group["eps"], scaled * every**0.5, decay, rounding
+                )
             elif isinstance(gradient, CompressedGradient):
                 assert projection is not None  # compressed gradients have a sketch
                 p, q = gradient.advance(state, group)
@@ -494,7 +503,12 @@ class SGC(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Give the state; in the middle of an accumulation, with this rank's compressed gradients."""
         state_dict = super().state_dict()
-        pending = {} if self._compressor is None else self._compressor.pending()
+        if self._compressor is None:
+            return state_dict
+        if self._compressor.last_factor is not None:
+            factor = self._compressor.last_factor.item()
+            state_dict["param_groups"] = [{**group, FACTOR: factor} for group in state_dict["param_groups"]]
+        pending = self._compressor.pending()
         if pending:
             numbers = state_dict["state"].keys() | pending.keys()
             state = {number: dict(state_dict["state"].get(number, {})) for number in sorted(numbers)}
@@ -532,8 +546,9 @@ class SGC(torch.optim.Optimizer):
                 if isinstance(value, Tensor):
                     device = "cpu" if on_cpu(name) else param.device
                     self.state[param][name] = sharded.whole(value).detach().to(device=device, copy=True)
+        factors = [group.pop(FACTOR, None) for group in self.param_groups]
         if self._compressor is not None:
-            self._compressor.restore(pending)
+            self._compressor.restore(pending, factors[0])
 
     def _check_loadable(self, state_dict: dict[str, Any]) -> None:
         saved_groups = state_dict["param_groups"]

@@ -282,6 +282,46 @@ def apply_whitened(
         apply_dense(part, update, lr, decay, generator)
 
 
+def apply_sampled(
+    weight: Tensor,
+    value: Tensor,
+    first: int,
+    every: int,
+    layout: Layout,
+    whitening: Whitening,
+    eps: float,
+    lr: float,
+    decay: float,
+    generator: torch.Generator | None,
+) -> None:
+    """W ← (1 − decay)·W − lr·w where only every m-th entry of the gradient is known, and w is 0 elsewhere.
+
+    Args:
+        weight: contiguous.
+        value: entries first, first + m, … of the gradient, (⌈d/m⌉,) fp32; what is beyond the tensor is not read.
+        first: below m.
+        every: m.
+        layout: its grid.
+        whitening: of the gradient.
+        eps: ε.
+        lr: learning rate times scale, negative to maximize.
+        decay: learning rate times weight decay.
+        generator: for stochastic rounding, or None.
+    """
+    flat, exact = weight.view(-1), torch.promote_types(weight.dtype, torch.float32)
+    for rows, _ in layout.blocks():
+        start, stop = rows.start * layout.cols, min(rows.stop * layout.cols, layout.numel)
+        skip = (first - start) % every
+        part = flat[start:stop]
+        here = part[skip::every]
+        known = value[(start + skip - first) // every :][: len(here)]
+        root = torch.outer(whitening.a[rows], whitening.b).view(-1)[: stop - start][skip::every].add(eps)
+        new = here.to(exact).mul(1 - decay).sub_((known / root).clamp_(-moments.CLIP, moments.CLIP), alpha=lr)
+        if decay and every > 1:
+            apply_dense(part, None, 0.0, decay, generator)
+        here.copy_(rounded(new, weight.dtype, generator))
+
+
 def apply_sparse(
     weight: Tensor, layout: Layout, update: Update, lr: float, decay: float, generator: torch.Generator | None
 ) -> None:

@@ -39,11 +39,11 @@ def assert_close(actual, expected, rtol=SUM):
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * expected.abs().max().item())
 
 
-def train(*, attach, steps=6, micro_batches=1, max_norm=None, dtype=torch.float32, **kwargs):
+def train(*, attach, steps=6, micro_batches=1, max_norm=None, dtype=torch.float32, sample_every=8, **kwargs):
     model = make_model(dtype)
     optimizer = SGC(model.parameters(), **{**SKETCHED, **kwargs})
     if attach:
-        optimizer.attach(model)
+        optimizer.attach(model, sample_every=sample_every)
     norms = []
     for batch in batches(steps):
         for part in batch.chunk(micro_batches):
@@ -67,6 +67,75 @@ def test_hooked_equals_unhooked_bit_for_bit_for_one_micro_batch(rule, dtype, max
     assert torch.equal(hooked, unhooked)
     assert norms == pytest.approx(expected, rel=1e-2 if dtype is torch.bfloat16 else 1e-5)
     assert optimizer.stats()["grad_norm"] == pytest.approx(reference.stats()["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("max_norm", [None, 1e6])
+def test_without_a_sketch_and_every_entry_held_hooked_equals_unhooked_bit_for_bit(dtype, max_norm):
+    hooked, norms, _ = train(attach=True, dtype=dtype, sketch_size=0, sample_every=1, max_norm=max_norm)
+    unhooked, expected, _ = train(attach=False, dtype=dtype, sketch_size=0, max_norm=max_norm)
+    assert torch.equal(hooked, unhooked)
+    assert norms == pytest.approx(expected, rel=1e-2 if dtype is torch.bfloat16 else 1e-5)
+
+
+def test_without_a_sketch_clipped_gradients_make_the_update_of_whole_ones():
+    hooked, norms, _ = train(attach=True, sketch_size=0, sample_every=1, max_norm=1e-2, eps=0.0)
+    unhooked, expected, _ = train(attach=False, sketch_size=0, max_norm=1e-2, eps=0.0)
+    assert norms == pytest.approx(expected, rel=1e-4)
+    assert_close(hooked, unhooked, 1e-4)
+
+
+def test_without_a_sketch_every_entry_moves_once_in_a_cycle_and_as_far_as_the_norm_of_a_whole_update_wants():
+    """The entries held move as they would with all others, times √m; the others only decay."""
+    m, moved = 8, []
+    model = make_model()
+    optimizer = SGC(model.parameters(), **{**SKETCHED, "sketch_size": 0}, weight_decay=0.0)
+    optimizer.attach(model, sample_every=m)
+    for x in batches(2 * m):
+        before = model[0].weight.detach().clone()
+        loss_of(model, x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moved.append((model[0].weight != before).flatten())
+    for cycle in (moved[:m], moved[m:]):
+        assert torch.stack(cycle).sum(0).max() == 1
+        assert torch.stack(cycle).sum(0).float().mean() > 0.99  # a gradient may be zero
+    firsts = [[int(turn.nonzero()[0]) for turn in cycle] for cycle in (moved[:m], moved[m:])]
+    assert firsts[0] != firsts[1]  # in another order
+
+    once, _, _ = train(attach=True, steps=1, sketch_size=0, sample_every=m, weight_decay=0.0)
+    whole, _, _ = train(attach=False, steps=1, sketch_size=0, weight_decay=0.0)
+    start = weights(make_model())
+    of_matrix = slice(0, 32 * 48)
+    held = (once != start)[of_matrix]
+    assert held.sum() == 32 * 48 / m
+    assert_close((once - start)[of_matrix][held], m**0.5 * (whole - start)[of_matrix][held], 1e-4)
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4, 8])
+def test_without_a_sketch_micro_batches_make_the_sum_of_their_batch(micro_batches):
+    """What is held is linear; only the estimate of R and C depends on the micro-batches."""
+    held = []
+    for parts in (1, micro_batches):
+        model = make_model()
+        optimizer = SGC(model.parameters(), **{**SKETCHED, "sketch_size": 0})
+        optimizer.attach(model)
+        for part in batches(1)[0].chunk(parts):
+            (loss_of(model, part) / parts).backward()
+        held.append(model[0].weight.grad.sums())
+    assert_close(held[1].p, held[0].p)
+
+
+@pytest.mark.parametrize("rule", ["residual", "whitened"])
+def test_clipping_is_expected_from_the_last_step_so_that_whitening_hardly_notices(rule):
+    """R and C are of clipped gradients: whitening an unclipped one by them would clip |w| and lose the order."""
+    start = weights(make_model())
+    hooked, norms, _ = train(attach=True, steps=12, max_norm=1e-2, moments=rule, weight_decay=0.0)
+    unhooked, expected, _ = train(attach=False, steps=12, max_norm=1e-2, moments=rule, weight_decay=0.0)
+    assert sum(norms) == pytest.approx(sum(expected), rel=0.1)
+    cosine = torch.nn.functional.cosine_similarity(hooked - start, unhooked - start, dim=0)
+    assert cosine > 0.8
+    assert (hooked - start).norm() / (unhooked - start).norm() == pytest.approx(1, abs=0.15)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -378,10 +447,15 @@ def test_what_needs_the_gradient_itself_is_refused_with_a_sentence():
 # ---- attaching -------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_sketch_there_is_nothing_to_attach():
+def test_what_can_not_be_compressed_is_refused_with_a_sentence():
     model = make_model()
-    with pytest.raises(ValueError, match="need a sketch"):
-        SGC(model.parameters(), min_size=64).attach(model)
+    with pytest.raises(ValueError, match="smaller than its min_size"):
+        SGC(model.parameters(), min_size=10**6).attach(model)
+    with pytest.raises(ValueError, match="sparsity=4 selects among all"):
+        SGC(model.parameters(), min_size=64, sparsity=4).attach(model)
+    for every in (0, 1.5):
+        with pytest.raises(ValueError, match=f"at least 1, got {every}"):
+            SGC(model.parameters(), min_size=64).attach(model, sample_every=every)
 
 
 def test_a_rank_is_refused():
@@ -425,20 +499,22 @@ def test_attaching_twice_compresses_once():
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [*RULES, "sampled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resume_in_the_middle_of_an_accumulation_is_bit_equal(rule, dtype, tmp_path):
+    changed = {"sketch_size": 0} if rule == "sampled" else {"moments": rule}
     data = [part for batch in batches(4) for part in batch.chunk(4)]
 
     def make():
         model = make_model(dtype)
-        optimizer = SGC(model.parameters(), **SKETCHED, moments=rule)
+        optimizer = SGC(model.parameters(), **{**SKETCHED, **changed})
         return model, optimizer.attach(model)
 
     def go_on(model, optimizer, start, stop):
         for number in range(start, stop):
             (loss_of(model, data[number]) / 4).backward()
             if number % 4 == 3:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
                 optimizer.step()
                 optimizer.zero_grad()
 

