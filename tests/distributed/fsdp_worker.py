@@ -27,6 +27,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import Placement
 
 from sgc import SGC, memory, moments, step
+from tests.distributed.fsdp_on_cpu import pretend
 
 WORLD = 2
 # even and uneven rows; experts, two and one; a convolution; an embedding; one row of many chunks: rank 1 has none
@@ -34,6 +35,7 @@ ALIGNED = [(64, 96), (33, 40), (3, 16, 64), (8, 4, 3, 3), (50, 64), (1, 640)]
 # 50 short rows, 4 to a chunk: the boundary cuts one; a vector; 70 rows, 8 to a chunk
 CUT = [(50, 8), (1031,), (70, 4)]
 SMALL = [(5,), (3, 3)]
+EVERYWHERE = ALIGNED + CUT + SMALL
 SAFE = [DTensor, DeviceMesh, Replicate, Shard, Placement]
 
 
@@ -236,7 +238,7 @@ FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 def save(folder, how, model, optimizer):
     if how == "torch":  # each rank its own file
         torch.save([model.state_dict(), optimizer.state_dict()], folder / f"{dist.get_rank()}.pt")
-    elif how == "full":
+    elif how in ("full", "broadcast"):
         model_state = get_model_state_dict(model, options=FULL)
         state = get_optimizer_state_dict(model, optimizer, options=FULL)
         if dist.get_rank() == 0:
@@ -435,6 +437,95 @@ def replicated():
     step_of(param, distribute_tensor(slope, mesh, [Replicate()]))
     step_of(plain, slope)
     return gap([param.detach().to_local()], [plain.detach()])
+
+
+# ------------------------------------------------------------------------------- jobs through accelerate and Trainer
+
+
+def begin_accelerate():
+    """Let accelerate take up FSDP on this CPU, as `fsdp_on_cpu.py` does for a whole script."""
+    os.environ.update(LOCAL_RANK=os.environ["RANK"], LOCAL_WORLD_SIZE=str(WORLD))
+    pretend()
+
+
+def plugin_of(kind):
+    from accelerate import FullyShardedDataParallelPlugin
+
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="no_wrap", state_dict_type=kind, cpu_ram_efficient_loading=False
+    )
+
+
+def accelerated(kind, **options):
+    """Prepare a model and its optimizer, made before the model is sharded."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin_of(kind))
+    assert accelerator.is_fsdp2
+    model = Shapes(EVERYWHERE)
+    return accelerator, *accelerator.prepare(model, optimizer_of(model, **options))
+
+
+def accelerate_resume(folder, kind, **options):
+    """Train six steps with accelerate; three, save_state, load_state into what is fresh, three. Compare the bits."""
+    begin_accelerate()
+    rank = dist.get_rank()
+    _, whole, whole_optimizer = accelerated(kind, **options)
+    train(whole, whole_optimizer, range(6), rank)
+    accelerator, first, first_optimizer = accelerated(kind, **options)
+    train(first, first_optimizer, range(3), rank)
+    accelerator.save_state(folder)
+    again, second, second_optimizer = accelerated(kind, **options)
+    again.load_state(folder)
+    train(second, second_optimizer, range(3, 6), rank)
+    return same_bits((whole, whole_optimizer.optimizer), (second, second_optimizer.optimizer))
+
+
+def trainer_resume(folder, kind, **options):
+    """Train six steps with the Trainer; resume from the checkpoint of the third. Compare the bits."""
+    begin_accelerate()
+    from sgc.hf import find_sgc
+
+    runs = []
+    for checkpoint in (None, "checkpoint-3"):
+        trainer = trainer_of(folder, kind, options)
+        trainer.train(resume_from_checkpoint=checkpoint and str(Path(folder) / checkpoint))
+        runs.append((trainer.model, find_sgc(trainer.optimizer), trainer))
+    (whole, whole_optimizer, trainer), (resumed, resumed_optimizer, _) = runs
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"same bits": same_bits((whole, whole_optimizer), (resumed, resumed_optimizer)), "losses": losses}
+
+
+def trainer_of(folder, kind, options):
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+
+    from sgc.hf import SGCFactory
+
+    set_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=101, max_position_embeddings=16, **sizes))
+    rows = torch.randint(101, (48, 12), generator=torch.Generator().manual_seed(0)).sort(1).values
+    arguments = TrainingArguments(
+        folder,
+        use_cpu=True,
+        max_steps=6,
+        save_steps=3,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        fsdp="full_shard",
+        fsdp_config={"version": 2, "state_dict_type": kind, "cpu_ram_efficient_loading": False},
+    )
+    kwargs = {"lr": 1e-2, "chunk_size": 32, "min_size": 10, **options}
+    return Trainer(
+        model,
+        arguments,
+        train_dataset=[{"input_ids": row, "labels": row} for row in rows],
+        optimizer_cls_and_kwargs=(SGCFactory, kwargs),
+    )
 
 
 JOBS = {name: job for name, job in globals().items() if callable(job)}
