@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -198,6 +199,25 @@ def test_two_processes_train_one_model_and_speak_once(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("after sgc") == 1
     assert results(tmp_path)["runs"][0]["after"]["loss"] < results(tmp_path)["before"]["loss"]
+    assert results(tmp_path)["runs"][0]["history"][-1]["epoch"] == 1  # 10 steps of 2 × 16 of 320 examples
+
+
+def test_two_launchers_as_on_two_machines_train_one_model(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    config = ["--config_file", str(ROOT / "recipes" / "configs" / "cpu_ddp.yaml"), "--num_processes", "2"]
+    machines = [*config, "--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    launchers = []
+    for machine in ("0", "1"):
+        launch = [sys.executable, "-m", "accelerate.commands.launch", *machines, "--machine_rank", machine]
+        command = [*launch, str(SCRIPT), "--smoke", "--output_dir", str(tmp_path), "--disable_tqdm", "true"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        launchers.append(subprocess.Popen(command, env=ENVIRONMENT, **pipes))
+    said = [launcher.communicate(timeout=300)[0] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], said
+    assert ["after sgc" in text for text in said] == [True, False]
+    assert results(tmp_path)["runs"][0]["history"][-1]["epoch"] == 1  # 10 steps of 2 × 16 of 320 examples
 
 
 def test_bad_input_is_a_sentence_and_exit_code_2_without_a_traceback(monkeypatch, capsys, tmp_path):
