@@ -15,10 +15,10 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
+    get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
+    set_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -239,35 +239,40 @@ def save(folder, how, model, optimizer):
     if how == "torch":  # each rank its own file
         torch.save([model.state_dict(), optimizer.state_dict()], folder / f"{dist.get_rank()}.pt")
     elif how in ("full", "broadcast"):
-        model_state = get_model_state_dict(model, options=FULL)
-        state = get_optimizer_state_dict(model, optimizer, options=FULL)
+        whole = get_state_dict(model, optimizer, options=FULL)
         if dist.get_rank() == 0:
-            torch.save([model_state, state], folder / "full.pt")
+            torch.save(whole, folder / "full.pt")
     else:
-        dcp.save(
-            {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)},
-            checkpoint_id=folder,
-        )
+        write(folder, model, optimizer)
     dist.barrier()
 
 
 def load(folder, how, model, optimizer):
     if how == "torch":
         with torch.serialization.safe_globals(SAFE):
-            model_state, state = torch.load(folder / f"{dist.get_rank()}.pt", weights_only=True)
-        model.load_state_dict(model_state)
+            weights, state = torch.load(folder / f"{dist.get_rank()}.pt", weights_only=True)
+        model.load_state_dict(weights)
         optimizer.load_state_dict(state)
     elif how in ("full", "broadcast"):
         first = dist.get_rank() == 0
-        model_state, state = torch.load(folder / "full.pt", weights_only=True) if how == "full" or first else ({}, {})
+        weights, state = torch.load(folder / "full.pt", weights_only=True) if how == "full" or first else ({}, {})
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=how == "broadcast")
-        set_model_state_dict(model, model_state, options=options)
+        set_model_state_dict(model, weights, options=options)  # set_state_dict takes an empty one for none
         set_optimizer_state_dict(model, optimizer, state, options=options)
     else:
-        read = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-        dcp.load(read, checkpoint_id=folder)
-        set_model_state_dict(model, read["model"])
-        set_optimizer_state_dict(model, optimizer, read["optimizer"])
+        read(folder, model, optimizer)
+
+
+def write(folder, model, optimizer, **how):
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder, **how)
+
+
+def read(folder, model, optimizer, **how):
+    weights, state = get_state_dict(model, optimizer)
+    saved = {"model": weights, "optimizer": state}
+    dcp.load(saved, checkpoint_id=folder, **how)
+    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
 
 
 def other_ranks(folder, shapes, **options):
@@ -277,8 +282,7 @@ def other_ranks(folder, shapes, **options):
     one_optimizer = optimizer_of(one, **options)
     train(one, one_optimizer, range(3))
     if rank == 0:
-        state = {"model": get_model_state_dict(one), "optimizer": get_optimizer_state_dict(one, one_optimizer)}
-        dcp.save(state, checkpoint_id=folder / "one", no_dist=True)
+        write(folder / "one", one, one_optimizer, no_dist=True)
     train(one, one_optimizer, range(3, 6))
     two = sharded_model(shapes)
     two_optimizer = optimizer_of(two, **options)
@@ -292,10 +296,7 @@ def other_ranks(folder, shapes, **options):
     alone = fully_shard(Shapes(shapes), mesh=own_mesh())
     alone_optimizer = optimizer_of(alone, **options)
     for name, model, optimizer in (("plain", plain, plain_optimizer), ("FSDP2 alone", alone, alone_optimizer)):
-        read = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-        dcp.load(read, checkpoint_id=folder / "two", no_dist=True)
-        set_model_state_dict(model, read["model"])
-        set_optimizer_state_dict(model, optimizer, read["optimizer"])
+        read(folder / "two", model, optimizer, no_dist=True)
         train(model, optimizer, range(3, 6))
         found[f"2 to 1, {name}"] = gap(changes(model, shapes), goal)
     dist.barrier()
