@@ -462,6 +462,8 @@ def entries(param: torch.nn.Parameter) -> int:
 def save(trainer: Trainer, folder: Path) -> None:
     """Write the model into a folder beside its place, then move its files there."""
     fresh = folder / ".model"
+    if trainer.is_fsdp_enabled:  # however the checkpoints are written, the model is put together
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(fresh))
     if trainer.is_world_process_zero():
         for file in fresh.iterdir():
