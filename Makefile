@@ -29,7 +29,7 @@ finetune: $(VENV)/.installed-hf ## Fine-tune a small Llama with SGC (ARGS="..." 
 	$(BIN)/accelerate launch $(ACCELERATE_ARGS) recipes/finetune.py $(ARGS)
 
 test: $(VENV)/.installed-dev ## Run the tests (PYTEST_ARGS="-k name", WORKERS=1)
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev ## Style, types and the one-way imports
 	$(BIN)/ruff check .

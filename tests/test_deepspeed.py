@@ -1,17 +1,31 @@
 """ZeRO 1, 2 and 3 for real, two processes on a CPU: every update is the one that a single process makes."""
 
 import functools
+import importlib.util
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from sgc.zero_checkpoint import reshape_checkpoint
 from tests.distributed import deepspeed_worker as worker
 from tests.processes import Processes
 
-pytest.importorskip("deepspeed", reason='needs DeepSpeed: pip install --no-build-isolation "sgc[deepspeed]"')
-pytestmark = pytest.mark.xdist_group("deepspeed")  # one set of processes for all
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None,
+        reason='needs DeepSpeed: pip install --no-build-isolation "sgc[deepspeed]"',
+    ),
+    pytest.mark.xdist_group("deepspeed"),  # one set of processes for all
+]
+ROOT = Path(__file__).resolve().parents[1]
 
 STEPS, HALF = 4, 2
 SKETCHED = {"sketch_size": 16, "sparsity": 4}
@@ -174,6 +188,29 @@ def test_a_rank_is_in_lockstep_where_it_holds_only_padding(whole):
 def test_double_compression_is_refused(two):
     for said in two(worker.together_says, 2, 0, 1, kwargs={"rank": 4}):
         assert "rank must be None under DeepSpeed, which cuts matrices into pieces, got 4" in said
+
+
+def launched(folder, *options, config="zero3"):
+    """Run the recipe's ten steps on two processes, or on one."""
+    wrapped = [str(ROOT / "tests" / "distributed" / "deepspeed_recipe.py"), str(ROOT / "recipes" / "finetune.py")]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes" / "configs" / f"{config}.yaml")]
+    command = [sys.executable, *launch, "--main_process_port", "0", *wrapped, "--smoke", "--disable_tqdm", "true"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    command += ["--output_dir", str(folder), "--generate_samples", "0", "--eval_strategy", "no", *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads((folder / "results.json").read_text())["runs"][0]
+
+
+def test_the_recipe_trains_saves_and_resumes_under_the_trainer(tmp_path):
+    whole = launched(tmp_path / "whole", "--save_strategy", "steps", "--save_steps", "5", "--save_total_limit", "2")
+    alone = launched(tmp_path / "alone", "--per_device_train_batch_size", "32", config="cpu")
+    losses = [[entry["loss"] for entry in run["history"] if "loss" in entry] for run in (whole, alone)]
+    assert len(losses[0]) == 10
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    launched(tmp_path / "parts", "--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-5"))
+    assert same(*(load_file(tmp_path / part / "model.safetensors") for part in ("whole", "parts")))
 
 
 def test_reshape_says_what_is_no_checkpoint(tmp_path, halves):
