@@ -41,7 +41,7 @@ class Cell(NamedTuple):
     task: str
     steps: int
     batch_size: int
-    optimizer: str  # "adamw", "frozen", "sgc(chunk_size=256, …)"
+    optimizer: str  # "adamw", "frozen", "sgc(chunk_size=256, …)", "attached(sample_every=8, micro_batches=8, …)"
     lr: float
     seed: int
     train_rows: int = 0  # 0: all
@@ -204,24 +204,38 @@ def _matthews(guess: list[int], truth: list[int]) -> float:
 # ---- one cell --------------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(spec: str, model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Build the optimizer that a spec such as "sgc(sketch_size=8)" names, with no weight decay."""
+def _parse(spec: str) -> tuple[str, dict[str, Any]]:
+    """Take a spec such as "sgc(sketch_size=8)" apart."""
+    call = ast.parse(spec, mode="eval").body
+    if not isinstance(call, ast.Call):
+        return call.id, {}
+    return call.func.id, {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+
+
+def make_optimizer(spec: str, model: torch.nn.Module, lr: float) -> tuple[torch.optim.Optimizer, int]:
+    """Build the optimizer that a spec such as "sgc(sketch_size=8)" names, with no weight decay.
+
+    Returns:
+        The optimizer, and the micro-batches that make a batch.
+    """
     from sgc import SGC
 
-    call = ast.parse(spec, mode="eval").body
-    name = call.func.id if isinstance(call, ast.Call) else call.id
-    kwargs = {word.arg: ast.literal_eval(word.value) for word in call.keywords} if isinstance(call, ast.Call) else {}
+    name, kwargs = _parse(spec)
+    micro_batches = kwargs.pop("micro_batches", 1)
     params = list(model.parameters())
     if name == "frozen":
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name.startswith("classifier"))
         params = [parameter for parameter in params if parameter.requires_grad]
     if name in ("adamw", "frozen"):
-        return torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=True, **kwargs)
+        return torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=True, **kwargs), micro_batches
     if name == "sgd":
-        return torch.optim.SGD(params, lr=lr, momentum=0.9, **kwargs)
+        return torch.optim.SGD(params, lr=lr, momentum=0.9, **kwargs), micro_batches
     if name == "sgc":
-        return SGC(params, lr=lr, weight_decay=0.0, **kwargs)
+        return SGC(params, lr=lr, weight_decay=0.0, **kwargs), micro_batches
+    if name == "attached":  # with compressed gradients
+        sampling = {"sample_every": kwargs.pop("sample_every")} if "sample_every" in kwargs else {}
+        return SGC(params, lr=lr, weight_decay=0.0, **kwargs).attach(model, **sampling), micro_batches
     raise ValueError(f"unknown optimizer {spec!r}")
 
 
@@ -236,7 +250,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def run_cell(cell: Cell, task: Any) -> dict[str, Any]:
     """Train and evaluate one cell; 10 % linear warm-up, then linear decay to zero."""
     model = task.model(cell.seed)
-    optimizer = make_optimizer(cell.optimizer, model, cell.lr)
+    optimizer, micro_batches = make_optimizer(cell.optimizer, model, cell.lr)
     warmup = max(1, cell.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: min((t + 1) / warmup, (cell.steps - t) / (cell.steps - warmup))
@@ -246,9 +260,12 @@ def run_cell(cell: Cell, task: Any) -> dict[str, Any]:
     losses: list[float] = []
     start = time.perf_counter()
     for _, batch in zip(range(cell.steps), task.batches(cell.batch_size, cell.seed), strict=False):
-        loss = model(**batch).loss
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss = torch.zeros(())
+        for part in zip(*(values.chunk(micro_batches) for values in batch.values()), strict=True):
+            part_loss = model(**dict(zip(batch, part, strict=True))).loss / micro_batches
+            part_loss.backward()
+            loss += part_loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -328,6 +345,20 @@ SUITES = {
             "sgc(sketch_size=256, sparsity=256, recovered=32)",  # the memory that a sketch approximates, held exactly
         ),
         rates=(1e-3, 3e-3, 1e-2),
+    ),
+    # What compressed gradients cost, with one micro-batch and with eight (two ranks are two micro-batches).
+    "compressed": Suite(
+        (("instruct", 150, 8, 0),),
+        (
+            "sgc()",
+            "attached()",
+            "attached(micro_batches=8)",
+            "attached(sample_every=2)",
+            "sgc(sketch_size=32)",
+            "attached(sketch_size=32)",
+            "attached(sketch_size=32, micro_batches=8)",
+        ),
+        rates=(3e-3,),
     ),
     # One thing changed at a time, around a sketch of 32 numbers for 256 entries.
     "sensitivity": Suite(

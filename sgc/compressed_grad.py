@@ -1,7 +1,7 @@
 """Compressed gradients: every gradient is compressed as soon as backward has made it, and freed. (ours)
 
-`param.grad` of an attached parameter becomes a `CompressedGradient`: a tensor of the right shape, dtype and device that
-holds its sketch. Its norm is the gradient's; it can be added to, scaled, unscaled and zeroed. So accumulation, clipping,
+`param.grad` of an attached parameter becomes a `CompressedGradient`: a tensor of its shape and dtype that holds the
+sketch. Its norm is the gradient's; it can be added to, scaled, unscaled and zeroed. So accumulation, clipping,
 loss scaling and `zero_grad` work as they are, whoever calls them, and `step` remains the only place where weights move.
 
 Where there is no sketch to hold a gradient in, one entry in m is held, another at every step, so that each has its turn

@@ -65,3 +65,9 @@ class Processes:
             process.join(30)
             if process.is_alive():
                 process.kill()
+
+    def kill(self) -> None:
+        """End the processes at once."""
+        for process in self._processes:
+            process.kill()
+            process.join()

@@ -130,12 +130,12 @@ def test_without_a_sketch_micro_batches_make_the_sum_of_their_batch(micro_batche
 def test_clipping_is_expected_from_the_last_step_so_that_whitening_hardly_notices(rule):
     """R and C are of clipped gradients: whitening an unclipped one by them would clip |w| and lose the order."""
     start = weights(make_model())
-    hooked, norms, _ = train(attach=True, steps=12, max_norm=1e-2, moments=rule, weight_decay=0.0)
-    unhooked, expected, _ = train(attach=False, steps=12, max_norm=1e-2, moments=rule, weight_decay=0.0)
+    hooked, norms, _ = train(attach=True, steps=6, max_norm=1e-2, moments=rule, weight_decay=0.0)
+    unhooked, expected, _ = train(attach=False, steps=6, max_norm=1e-2, moments=rule, weight_decay=0.0)
     assert sum(norms) == pytest.approx(sum(expected), rel=0.1)
     cosine = torch.nn.functional.cosine_similarity(hooked - start, unhooked - start, dim=0)
-    assert cosine > 0.8
-    assert (hooked - start).norm() / (unhooked - start).norm() == pytest.approx(1, abs=0.15)
+    assert cosine > 0.6
+    assert (hooked - start).norm() / (unhooked - start).norm() == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("rule", RULES)
