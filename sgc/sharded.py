@@ -222,9 +222,9 @@ class Part:
         self.layout = memory.tensor_layout(param.shape, group)  # of the whole tensor
         self.cut = self.layout is not None and is_cut(self.layout, group)
         self.factored = self.layout is not None and group["moments"] in FACTORED
-        self.norm = torch.zeros(())  # of the whole gradient, as soon as the statistics are reduced
-        self._sums: list[Tensor] = []
-        self._row = torch.zeros(0)  # row sums of the local rows, where they are whole
+        self.norm: Tensor  # of the whole gradient, as soon as the statistics are reduced
+        self._sums: list[Tensor]
+        self._row: Tensor  # row sums of the local rows, where they are whole
         self._sketch: tuple[Tensor, Tensor | None] | None = None
         self._offset = 0  # entries of the local grid that precede the first of this rank's
         self._first = 0  # row of the grid at which the local grid begins

@@ -157,7 +157,8 @@ def test_hybrid_sharding_sums_over_the_dimension_that_shards(ranks, mesh):
 def test_the_sketch_of_a_cut_chunk_is_the_sum_of_what_each_side_encodes(ranks, shape, rule):
     for result in ranks("cut_sketches", shape=shape, sparsity=2, moments=rule):
         assert result["weights"] <= SUM_ORDER
-        assert result["chunks that another top would give"] == 1  # at the boundary, up to 2·s entries were encoded
+        # at the boundary, up to 2·s entries were encoded; one row has none, and rank 1 no entry of it
+        assert result["chunks that another top would give"] == (shape[0] > 1)
 
 
 def test_a_tensor_that_every_rank_holds_whole_is_updated_like_a_plain_one(ranks):

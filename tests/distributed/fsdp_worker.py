@@ -32,8 +32,8 @@ from tests.distributed.fsdp_on_cpu import pretend
 WORLD = 2
 # even and uneven rows; experts, two and one; a convolution; an embedding; one row of many chunks: rank 1 has none
 ALIGNED = [(64, 96), (33, 40), (3, 16, 64), (8, 4, 3, 3), (50, 64), (1, 640)]
-# 50 short rows, 4 to a chunk: the boundary cuts one; a vector; 70 rows, 8 to a chunk
-CUT = [(50, 8), (1031,), (70, 4)]
+# 50 short rows, 4 to a chunk: the boundary cuts one; a vector; 70 rows, 8 to a chunk; one row with a padded tail
+CUT = [(50, 8), (1031,), (70, 4), (1, 641)]
 SMALL = [(5,), (3, 3)]
 EVERYWHERE = ALIGNED + CUT + SMALL
 SAFE = [DTensor, DeviceMesh, Replicate, Shard, Placement]
