@@ -1,0 +1,174 @@
+"""The recipes end to end, on what comes with them."""
+
+import gzip
+import importlib.util
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+FEW = ["--devices", "10", "--rounds", "12", "--evaluate_every", "3", "--lr", "1.0"]
+
+
+def recipe(name):
+    sys.path.insert(0, str(RECIPES))
+    try:
+        spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(RECIPES))
+    return module
+
+
+mnist = recipe("federated_mnist")
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("scheme", mnist.SCHEMES)
+def test_every_scheme_learns_the_digits_and_writes_all_it_promises(scheme, tmp_path, capsys):
+    assert mnist.main(["--scheme", scheme, *FEW, "--output_dir", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path)
+    assert rows[-1]["accuracy"] > (0.75 if scheme == "sketched" else 0.85)
+    for name in ("curve.png", "devices.png"):
+        assert (tmp_path / name).stat().st_size > 3000
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "model")
+    assert sum(p.numel() for p in model.parameters()) == 650
+    assert "rows.jsonl" in capsys.readouterr().out
+
+
+def idx(path, array):
+    header = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+    path.write_bytes(gzip.compress(header + array.tobytes()) if path.suffix == ".gz" else header + array.tobytes())
+
+
+def small_mnist(folder, rows=(200, 50)):
+    rng = np.random.default_rng(0)
+    for which, number in zip(("train", "t10k"), rows, strict=True):
+        labels = (np.arange(number) % 10).astype(np.uint8)
+        pictures = rng.integers(0, 40, (number, 8, 8), dtype=np.uint8)
+        pictures[np.arange(number), labels % 8, labels // 2] = 255
+        idx(folder / f"{which}-images-idx3-ubyte.gz", pictures)
+        idx(folder / f"{which}-labels-idx1-ubyte", labels)
+
+
+def test_a_folder_of_idx_files_is_opened_as_it_is(tmp_path):
+    small_mnist(tmp_path)
+    data = mnist.open_data(mnist.parse(["--dataset", str(tmp_path)]))
+    columns = data.columns_of(test=False)
+    assert columns["pixel_values"].shape == (200, 1, 8, 8)
+    assert float(columns["pixel_values"].max()) == 1.0
+    assert columns["labels"].tolist() == [i % 10 for i in range(200)]
+    assert (data.classes, data.image) == (10, (1, 8))
+    assert len(data.columns_of(test=True)["labels"]) == 50
+
+
+def test_the_real_mnist_is_opened(shared_data):
+    data = mnist.open_data(mnist.parse(["--dataset", str(shared_data / "mnist")]))
+    assert data.columns_of(test=False)["pixel_values"].shape == (60_000, 1, 28, 28)
+    assert (len(data.test), data.classes) == (10_000, 10)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgc"])
+def test_devices_may_train_with_any_optimizer(optimizer, tmp_path):
+    arguments = ["--optimizer", optimizer, "--lr", "0.01", "--output_dir", str(tmp_path)]
+    assert mnist.main([*FEW[:4], *arguments]) == 0
+    assert rows_of(tmp_path)[-1]["accuracy"] > 0.8
+
+
+def test_a_killed_recipe_resumes_and_ends_in_the_same_model(tmp_path):
+    common = ["--scheme", "downlink-selection", "--participants", "5", "--devices", "10", "--rounds", "60"]
+    common += ["--checkpoint_every", "2", "--evaluate_every", "20"]
+    command = [sys.executable, str(RECIPES / "federated_mnist.py"), *common, "--output_dir", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+    rows = tmp_path / "killed" / "rows.jsonl"
+    while not rows.exists() or len(rows.read_text().splitlines()) < 5:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(rows.read_text().splitlines()) < 60
+    assert mnist.main([*common, "--output_dir", str(tmp_path / "killed"), "--resume"]) == 0
+    assert mnist.main([*common, "--output_dir", str(tmp_path / "whole")]) == 0
+    killed, whole = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("killed", "whole"))
+    assert all(torch.equal(killed[name], whole[name]) for name in whole)
+    assert [row["round"] for row in rows_of(tmp_path / "killed")] == list(range(1, 61))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "sentence"),
+    [
+        (["--participants", "41"], 2, "participants must be at most the 40 devices, got 41"),
+        (["--scheme", "downlink-selection", "--participants", "41"], 2, "participants must be at most the 40 devices"),
+        (["--devices", "2000"], 2, "no device may be empty: 1437 rows do not reach for 2000 devices"),
+        (["--scheme", "noisy-downlink", "--power_down", "0"], 2, "power must be positive and finite, got 0.0"),
+        (["--split", "speaker"], 2, "the data have no column 'speaker', only labels"),
+        (["--dataset", "no/such/set"], 2, "the data set 'no/such/set' can't be opened"),
+        (["--scheme", "noisy-downlink", "--threshold", "99"], 1, "10 rounds in a row brought no update"),
+        (
+            ["--scheme", "downlink-selection", "--snr_db", "-40", "--most_skipped", "3"],
+            1,
+            "the run ended after round 3 of 40: 3 rounds in a row brought no update, the last because the downlink",
+        ),
+        (["--scheme", "sketched", "--ofdm_symbols_up", "1", "--subchannels", "1"], 2, "a budget of 2 numbers"),
+        (["--scheme", "blind", "--ofdm_symbols_up", "3"], 2, "above the budget of ofdm_symbols=3"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_a_status(arguments, status, sentence, tmp_path, capsys):
+    assert mnist.main([*arguments, "--output_dir", str(tmp_path / "out")]) == status
+    assert sentence in capsys.readouterr().err
+
+
+def test_labels_that_are_missing_are_named(tmp_path, capsys):
+    small_mnist(tmp_path)
+    (tmp_path / "train-labels-idx1-ubyte").unlink()
+    assert mnist.main(["--dataset", str(tmp_path), "--output_dir", str(tmp_path / "out")]) == 2
+    assert "must hold train-labels-idx1-ubyte" in capsys.readouterr().err
+
+
+def test_another_run_is_not_overwritten_unasked(tmp_path, capsys):
+    assert mnist.main(["--rounds", "1", "--output_dir", str(tmp_path)]) == 0
+    assert mnist.main(["--rounds", "1", "--output_dir", str(tmp_path)]) == 2
+    assert "holds another run" in capsys.readouterr().err
+    assert mnist.main(["--rounds", "1", "--output_dir", str(tmp_path), "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize("name", ["selection", "antennas", "noisy"])
+def test_a_sweep_runs_what_has_no_row_yet_and_draws_its_figure(name, tmp_path, monkeypatch):
+    sweeps = recipe("federated_sweeps")
+    few = [cell | {"rounds": 2, "devices": 40} for cell in sweeps.SWEEPS[name]() if cell["seed"] == 0][::7]
+    played = []
+    play = sweeps.play
+    monkeypatch.setitem(sweeps.SWEEPS, name, lambda: few)
+    monkeypatch.setattr(sweeps, "play", lambda cell, *rest: played.append(cell) or play(cell, *rest))
+    for _ in range(2):
+        assert mnist.main(["--sweep", name, "--output_dir", str(tmp_path)]) == 0
+    assert played == few
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    rows = [json.loads(line) for line in (tmp_path / "sweep.jsonl").read_text().splitlines()]
+    assert [row["cell"] for row in rows] == few
+
+
+def test_a_language_model_is_fine_tuned_over_the_air(tmp_path):
+    finetune = recipe("federated_finetune")
+    assert finetune.main(["--smoke", "--evaluate_every", "1", "--output_dir", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path)
+    assert rows[1]["loss"] < rows[0]["loss"]
+    assert rows[0]["channel_uses_up"] < 821_120 / 2 * 0.35
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert sum(p.numel() for p in model.parameters()) == 821_120
