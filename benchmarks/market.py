@@ -78,10 +78,10 @@ class Scored:
         """Give every measure, more being better, from the answer or (reference, MMD) from the rows themselves."""
         m = self.key.seller(answer(self.query, [seller], self.encoder, "seller"))
         s, own, kept = score.shares(m), self.own, self.kept
-        overlap = score.overlaps(own, s, kept)
+        overlap, weight = score.overlaps(own, s, kept), score.weights(own, kept)
         ours = (
-            score.relevance(overlap),
-            score.diversity(overlap),
+            score.relevance(overlap, weight),
+            score.diversity(overlap, weight),
             score.volume(self.buyer, m, kept),
             score.dispersion(own, s, kept),
             *(measure(own, s, kept) for measure in (score.l2, score.cosine, score.correlation)),
@@ -408,6 +408,9 @@ def plot(args: argparse.Namespace) -> None:
     axes.legend(fontsize=8)
     figure.savefig(docs / "market-utility.png", dpi=110)
     plt.close(figure)
+    for name in (*THEIRS, "mmd", "knn shapley"):
+        middle, low, high = spearman_interval(found, "volume", less=name)
+        print(f"volume less {name}: {middle:.3f} ({low:.3f}, {high:.3f})")
     for name in ("ours", "shapley"):
         seconds, size = (np.median([r[name][k] for r in found]) for k in ("seconds", "bytes"))
         print(f"{name}: {seconds:.2f} s, {size / 1e6:.2f} MB for {found[0]['sellers']} sellers")
@@ -429,8 +432,17 @@ def plot(args: argparse.Namespace) -> None:
         )
 
 
-def spearman_interval(found: list[dict[str, Any]], name: str, draws: int = 1000) -> tuple[float, float, float]:
-    """Mean over draws of the market of Spearman's correlation with utility, and its 95 % bootstrap over sellers."""
+def spearman_interval(
+    found: list[dict[str, Any]], name: str, less: str | None = None, draws: int = 1000
+) -> tuple[float, float, float]:
+    """Mean over draws of the market of Spearman's correlation with utility, and its 95 % bootstrap over sellers.
+
+    Args:
+        found: rows.
+        name: of the measure.
+        less: another measure, whose correlation is subtracted, draw by draw.
+        draws: of the bootstrap.
+    """
     from scipy.stats import rankdata
 
     def correlate(values: np.ndarray, gains: np.ndarray) -> np.ndarray:
@@ -446,6 +458,10 @@ def spearman_interval(found: list[dict[str, Any]], name: str, draws: int = 1000)
         index = rng.integers(len(gains), size=(draws, len(gains)))
         parts.append(correlate(values[index], gains[index]))
         exact.append(float(correlate(values, gains)))
+        if less is not None:
+            values = np.array(row["values"][less])
+            parts[-1] = parts[-1] - correlate(values[index], gains[index])
+            exact[-1] -= float(correlate(values, gains))
     low, high = np.quantile(np.mean(parts, 0), [0.025, 0.975])
     return float(np.mean(exact)), float(low), float(high)
 

@@ -21,6 +21,7 @@ from federated.market.score import (
     relevance,
     shares,
     volume,
+    weights,
 )
 
 CREDIT = 10.0  # rows a seller is credited with, over the buyer's: the more, the less a second of a kind is worth
@@ -79,20 +80,21 @@ def rank(
     generator = torch.Generator().manual_seed(seed)
     own = shares(buyer)
     kept = kept_directions(own, threshold)
+    weight = weights(own, kept)
     drawn = draw(buyer, draws, generator)
     exact = torch.stack([overlaps(own, shares(s), kept) for s in sellers.values()])  # (J, κ')
     sample = torch.stack([overlaps(drawn, draw(s, draws, generator), kept) for s in sellers.values()])  # (J, draws, κ')
-    value = MEASURES[by](exact)
-    low, high = rank_intervals(value, MEASURES[by](sample), confidence)
-    errors = {name: measure(sample).std(1) for name, measure in MEASURES.items()}
+    value = MEASURES[by](exact, weight)
+    low, high = rank_intervals(value, MEASURES[by](sample, weight), confidence)
+    errors = {name: measure(sample, weight).std(1) for name, measure in MEASURES.items()}
     found = [
         Ranked(
             name,
             int((value > value[j]).sum()) + 1,
             low[j],
             high[j],
-            Score(float(relevance(exact[j])), float(errors["relevance"][j])),
-            Score(float(diversity(exact[j])), float(errors["diversity"][j])),
+            Score(float(relevance(exact[j], weight)), float(errors["relevance"][j])),
+            Score(float(diversity(exact[j], weight)), float(errors["diversity"][j])),
             volume(buyer, seller, kept),
             seller.rows,
         )
@@ -173,8 +175,11 @@ def portfolio(
         raise ValueError(f"budget must not be negative, got {budget}")
     own = shares(buyer)
     kept = kept_directions(own, threshold)
+    weight = weights(own, kept)
     information = {
-        name: rows[name] * float(relevance(overlaps(own, shares(s), kept))) * relative_covariance(buyer, s, kept)
+        name: rows[name]
+        * float(relevance(overlaps(own, shares(s), kept), weight))
+        * relative_covariance(buyer, s, kept)
         for name, s in sellers.items()
     }
     found = [_greedy(information, prices, budget, per_price) for per_price in (False, True)]

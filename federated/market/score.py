@@ -270,22 +270,42 @@ def kept_directions(buyer: Shares, threshold: float = THRESHOLD) -> Tensor:
     return size >= threshold * buyer.variance.max()
 
 
-def relevance(overlap: Tensor, floor: float = FLOOR) -> Tensor:
-    """(Π r̃ᵢ)^{1/κ'} with r̃ = ε + (1 − 2ε)·r, which lies in [ε, 1 − ε].
+def weights(buyer: Shares, kept: Tensor) -> Tensor:
+    """Weigh what `overlaps` compares: a direction by the buyer's variance along it, the rest like an average direction.
 
-    So one dead direction costs a factor ε^{1/κ'} and not everything, and relevance + diversity ≤ 1 holds by the
+    Args:
+        buyer: without draws.
+        kept: (K,) bool.
+
+    Returns:
+        (κ' + 1,), adding up to one.
+    """
+    p = buyer.variance[kept]
+    p = p / p.sum().clamp_min(torch.finfo(p.dtype).tiny)
+    return torch.cat([p, p.new_full((1,), 1 / len(p))]) / (p.sum() + 1 / len(p))
+
+
+def relevance(overlap: Tensor, weight: Tensor | None = None, floor: float = FLOOR) -> Tensor:
+    """Π r̃ᵢ^{wᵢ} with r̃ = ε + (1 − 2ε)·r, which lies in [ε, 1 − ε].
+
+    So one dead direction costs a factor of about ε^{wᵢ} and not everything, and relevance + diversity ≤ 1 holds by the
     inequality of the means, as it does for the published forms.
 
     Args:
         overlap: r (…, κ'), of `overlaps`.
+        weight: w (κ',), of `weights`; None weighs all alike.
         floor: ε.
     """
-    return (floor + (1 - 2 * floor) * overlap).log().mean(-1).exp()
+    return _weighted_mean((floor + (1 - 2 * floor) * overlap).log(), weight).exp()
 
 
-def diversity(overlap: Tensor, floor: float = FLOOR) -> Tensor:
-    """(Π (1 − r̃ᵢ))^{1/κ'}: one exact match costs a factor ε^{1/κ'}. Arguments as in `relevance`."""
-    return (floor + (1 - 2 * floor) * (1 - overlap)).log().mean(-1).exp()
+def diversity(overlap: Tensor, weight: Tensor | None = None, floor: float = FLOOR) -> Tensor:
+    """Π (1 − r̃ᵢ)^{wᵢ}: one exact match costs a factor of about ε^{wᵢ}. Arguments as in `relevance`."""
+    return _weighted_mean((floor + (1 - 2 * floor) * (1 - overlap)).log(), weight).exp()
+
+
+def _weighted_mean(x: Tensor, weight: Tensor | None) -> Tensor:
+    return x.mean(-1) if weight is None else (x * weight).sum(-1)
 
 
 def l2(buyer: Shares, seller: Shares, kept: Tensor) -> Tensor:
@@ -387,7 +407,7 @@ def draw(moments: Moments, draws: int, generator: torch.Generator) -> Shares:
     return _shares(variances, means, energies)
 
 
-Measure = Callable[[Tensor], Tensor]
+Measure = Callable[[Tensor, Tensor], Tensor]
 
 
 def score(
@@ -416,9 +436,10 @@ def score(
         raise ValueError(f"both sides must have the same directions, got {len(buyer.mean)} and {len(seller.mean)}")
     b, s = shares(buyer), shares(seller)
     kept = kept_directions(b, threshold)
-    value = float(measure(overlaps(b, s, kept)))
+    weight = weights(b, kept)
+    value = float(measure(overlaps(b, s, kept), weight))
     if not draws:
         return Score(value, math.nan)
     generator = torch.Generator().manual_seed(seed)
-    sample = measure(overlaps(draw(buyer, draws, generator), draw(seller, draws, generator), kept))
+    sample = measure(overlaps(draw(buyer, draws, generator), draw(seller, draws, generator), kept), weight)
     return Score(value, float(sample.std()))

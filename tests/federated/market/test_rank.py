@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from federated.market import rank as r
-from federated.market.score import Moments, kept_directions, moments_along, overlaps, relevance, shares
+from federated.market.score import Moments, kept_directions, moments_along, overlaps, relevance, shares, weights
 
 D = 16
 SPREAD = torch.linspace(0, 2, D).neg().exp()
@@ -88,13 +88,14 @@ def test_what_cannot_be_ranked_is_a_sentence() -> None:
 
 
 def half(first: bool, seed: int) -> Moments:
-    """A seller whose rows vary in half of the buyer's directions, or in the others."""
-    mask = (torch.arange(D) < 3) == first
-    return along(rows(300, seed, SPREAD * (0.05 + 0.95 * mask)))
+    """A seller whose rows vary little in three of the buyer's six directions, a little less little in the second half."""
+    spread = torch.ones(D)
+    spread[slice(3, 6) if first else slice(0, 3)] = 0.1 if first else 0.2
+    return along(rows(2000, seed, spread))
 
 
 def test_a_portfolio_takes_what_complements_and_not_two_of_a_kind() -> None:
-    buyer, second = along(rows(300, 0)), half(False, 3)
+    buyer, second = along(rows(2000, 0, torch.ones(D))), half(False, 3)
     sellers = {"first": half(True, 1), "second": second, "copy": second}
     alone = {name: r.portfolio(buyer, {name: s}, budget=1).value for name, s in sellers.items()}
     assert min(alone, key=alone.get) == "first"  # one by one, two of a kind would have been bought
@@ -111,10 +112,11 @@ def test_a_copy_is_worth_less_than_the_first_and_noise_less_than_the_real() -> N
 
 
 def value_of(buyer: Moments, sellers: list[Moments]) -> float:
-    kept = kept_directions(shares(buyer))
+    own = shares(buyer)
+    kept = kept_directions(own)
     total = torch.eye(int(kept.sum()), dtype=torch.float64)
     for s in sellers:
-        weight = r.CREDIT * float(relevance(overlaps(shares(buyer), shares(s), kept)))
+        weight = r.CREDIT * float(relevance(overlaps(own, shares(s), kept), weights(own, kept)))
         total = total + weight * r.relative_covariance(buyer, s, kept)
     return float(torch.logdet(total))
 

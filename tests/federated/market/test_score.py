@@ -69,7 +69,8 @@ def test_relevance_and_diversity_add_up_to_at_most_one(pairs: list[tuple[float, 
         total = reference.relevance(buyer, seller) + reference.diversity(buyer, seller)
         assert total <= 1 + 1e-9
     overlap = torch.minimum(buyer, seller) / torch.maximum(buyer, seller).clamp_min(1e-300)
-    assert float(score.relevance(overlap) + score.diversity(overlap)) <= 1 + 1e-9
+    for weight in (None, (buyer + 1e-9) / (buyer + 1e-9).sum()):
+        assert float(score.relevance(overlap, weight) + score.diversity(overlap, weight)) <= 1 + 1e-9
 
 
 def test_scores_lie_between_floor_and_one_less_floor() -> None:
@@ -168,6 +169,17 @@ def test_one_dead_direction_does_not_undo_all_the_others() -> None:
     whole[4] = 1
     assert score.relevance(overlap) > 0.6
     assert score.relevance(overlap) < score.relevance(whole)
+
+
+def test_a_direction_counts_by_the_buyers_variance_along_it() -> None:
+    own = shares(moments_along(rows(300, 1) - 0.5, torch.eye(24)[:, :6]))
+    weight = score.weights(own, torch.ones(6, dtype=torch.bool))
+    assert float(weight.sum()) == pytest.approx(1)
+    torch.testing.assert_close(weight[:6] / weight[0], own.variance / own.variance[0])
+    assert float(weight[6]) == pytest.approx(float(weight[:6].mean()))
+    first, last = torch.ones(2, 7)
+    first[0], last[5] = 0, 0
+    assert score.relevance(first, weight) < score.relevance(last, weight) < score.relevance(torch.ones(7), weight)
 
 
 def test_one_exact_match_does_not_undo_the_diversity_of_all_the_others() -> None:
