@@ -20,6 +20,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from checkpoints import sort_whole, step_of
 from sgc import SGC
 from sgc.hf import check_overrides, create_sgc_optimizer
 
@@ -384,12 +385,7 @@ def checkpoint_of(args: FinetuneArguments, run: Run) -> Path | None:
     named = args.resume_from_checkpoint
     if named is None:
         return None
-    whole = []
-    main = run.folder == Path(args.output_dir)
-    for candidate in [Path(named)] if named != "last" and main else run.folder.glob("checkpoint-*"):
-        try:  # the state is written last, so a checkpoint that has it whole is whole
-            step = json.loads((candidate / "trainer_state.json").read_text())["global_step"]
-        except (OSError, ValueError, KeyError):
-            continue
-        whole.append((step, candidate))
-    return max(whole)[1] if whole else None
+    if named != "last" and run.folder == Path(args.output_dir):
+        return Path(named) if step_of(Path(named)) is not None else None
+    whole, _ = sort_whole(run.folder)
+    return whole[-1] if whole else None

@@ -63,6 +63,7 @@ from arguments import (
     parse,
     runs_of,
 )
+from checkpoints import SaveError, WholeCheckpoints, said_if_it_fails, sort_whole
 from sgc.hf import SGCCallback, SGCFactory, find_sgc, parameter_groups
 from word_tasks import instruction_rows
 
@@ -299,6 +300,10 @@ class StopOnSignal(TrainerCallback):
         self._restore()
 
 
+class RecipeTrainer(WholeCheckpoints, Trainer):
+    """transformers' Trainer, whose checkpoints are whole or seen not to be."""
+
+
 class BytesHeld(TrainerCallback):
     """Measures what gradients and optimizer state hold, right before and after a step."""
 
@@ -337,7 +342,7 @@ def make_trainer(job: Job, model: torch.nn.Module, args: FinetuneArguments, sgc_
         optimizer = (SGCFactory, {**rates, "betas": betas, "eps": args.adam_epsilon, **sgc_kwargs})
         callbacks.append(SGCCallback())
     pad = job.tokenizer.pad_token_id
-    trainer = Trainer(
+    trainer = RecipeTrainer(
         model=model,
         args=args,
         train_dataset=job.train,
@@ -420,6 +425,10 @@ def train(
 
     transformers.set_seed(args.seed)  # whatever was judged before, every run sees the same noise
     checkpoint = checkpoint_of(common, run)
+    if checkpoint is not None:
+        say(f"{run.name}: goes on from {checkpoint}")
+        for passed in sort_whole(run.folder)[1]:
+            say(f"note: {passed} is not whole, it is passed over")
     output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     callbacks = {type(c): c for c in trainer.callback_handler.callbacks}
     stopped, held = callbacks[StopOnSignal].received, callbacks[BytesHeld]
@@ -464,7 +473,8 @@ def save(trainer: Trainer, folder: Path) -> None:
     fresh = folder / ".model"
     if trainer.is_fsdp_enabled:  # however the checkpoints are written, the model is put together
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(fresh))
+    with said_if_it_fails("the model", folder):
+        trainer.save_model(str(fresh))
     if trainer.is_world_process_zero():
         for file in fresh.iterdir():
             os.replace(file, folder / file.name)
@@ -508,6 +518,9 @@ def main() -> None:
     except ValueError as error:
         say(f"finetune.py: error: {error}", error=True)
         sys.exit(2)
+    except SaveError as error:  # of any process: each has a disk of its own
+        print(f"finetune.py: error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         say("\ninterrupted: nothing was being trained, nothing is saved")
         sys.exit(130)
