@@ -1,24 +1,24 @@
 """FSDP2 on two processes: the same update as in one, whole checkpoints, the same refusals on every rank."""
 
+import functools
 import json
 import math
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from sgc import memory, sharded
 from sgc.moments import RULES
 from tests.distributed import fsdp_worker
 from tests.distributed.fsdp_worker import ALIGNED, CUT, EVERYWHERE, SMALL
+from tests.processes import Processes
+
+pytestmark = pytest.mark.xdist_group("sharded")  # one set of processes for all
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMEOUT = 120  # seconds that a job may take
@@ -28,63 +28,25 @@ WHOLE = {"sketch_size": 64, "sparsity": 4}  # k ≥ n: no projection, so recover
 ALL = {"sketch_size": 64, "sparsity": 32}  # every entry of a chunk
 
 
-class Pool:
-    """Two processes that stay up and do what they are told, both the same."""
-
-    def __init__(self):
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
-        context = mp.get_context("spawn")
-        self.pipes, self.processes = [], []
-        for rank in range(fsdp_worker.WORLD):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=fsdp_worker.serve, args=(rank, port, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self.pipes.append(ours)
-            self.processes.append(process)
-
-    def run(self, job, **keywords):
-        """Give the results of both ranks; one that fails, or hangs, fails the test."""
-        for pipe in self.pipes:
-            pipe.send((job, keywords))
-        results, until = {}, time.monotonic() + TIMEOUT
-        while len(results) < len(self.pipes):
-            ready = wait([pipe for pipe in self.pipes if pipe not in results], max(0.0, until - time.monotonic()))
-            assert ready, f"{job} takes more than {TIMEOUT} s"
-            for pipe in ready:
-                succeeded, results[pipe] = pipe.recv()
-                assert succeeded, results[pipe]
-        return [results[pipe] for pipe in self.pipes]
-
-    def stop(self):
-        for process in self.processes:
-            process.kill()
-            process.join()
-
-
 @pytest.fixture(scope="module")
 def pools():
     kept = []
     yield kept
     for pool in kept:
-        pool.stop()
+        pool.close()
 
 
 @pytest.fixture
 def ranks(pools):
-    """The pool, made anew after a failure: one rank may still wait for the other."""
-    if not pools:
-        pools.append(Pool())
-    pool = pools[0]
+    """Run jobs of `fsdp_worker` in two processes that stay up, new ones after a failure: one may still wait."""
 
     def run(job, **keywords):
+        if not pools:
+            pools.append(Processes(fsdp_worker.WORLD))
         try:
-            return pool.run(job, **keywords)
+            return pools[0].run(functools.partial(getattr(fsdp_worker, job), **keywords), timeout=TIMEOUT)
         except BaseException:
-            pools.clear()
-            pool.stop()
+            pools.pop().kill()
             raise
 
     return run

@@ -1,10 +1,9 @@
-"""What the ranks of tests/test_sharded.py run: jobs by name, in processes that stay up."""
+"""What the ranks of tests/test_sharded.py run, in processes that stay up."""
 
 from __future__ import annotations
 
 import math
 import os
-import traceback
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -527,24 +526,3 @@ def trainer_of(folder, kind, options):
         train_dataset=[{"input_ids": row, "labels": row} for row in rows],
         optimizer_cls_and_kwargs=(SGCFactory, kwargs),
     )
-
-
-JOBS = {name: job for name, job in globals().items() if callable(job)}
-
-
-def serve(rank, port, pipe):
-    """Answer jobs, each a name and keywords, until told to stop."""
-    warnings.simplefilter("ignore")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    while (job := pipe.recv()) is not None:
-        pipe.send(answer(*job))
-    dist.destroy_process_group()
-
-
-def answer(name, keywords):
-    try:
-        return True, JOBS[name](**keywords)
-    except Exception:
-        return False, traceback.format_exc()
