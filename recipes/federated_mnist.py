@@ -421,7 +421,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", default="outputs/federated_mnist")
     add("--resume", action="store_true", help="go on from the last checkpoint of --output_dir")
     add("--overwrite", action="store_true", help="begin anew where --output_dir holds a run")
-    add("--sweep", choices=("selection", "antennas", "noisy", "all"), help="a figure of the papers instead of one run")
+    add(
+        "--sweep",
+        choices=("selection", "antennas", "noisy", "steps", "all"),
+        help="a figure of the papers instead of one run",
+    )
     args = parser.parse_args(argv)
     if args.ofdm_symbols is None and (args.downlink or SCHEMES[args.scheme][0]) in ("digital", "selection"):
         args.ofdm_symbols = 200

@@ -74,7 +74,18 @@ def noisy_cells() -> list[Cell]:
     return list(unique.values())
 
 
-SWEEPS = {"selection": selection_cells, "antennas": antenna_cells, "noisy": noisy_cells}
+def step_cells() -> list[Cell]:
+    """Why more local steps help here: many more of them, one seed."""
+    common = {"scheme": "noisy-downlink", "snr_db": 0.0, "rounds": 40, **FLAT, "power_down": 1.0, "seed": 0}
+    return [
+        {**common, "split": split, "downlink": downlink, "steps": steps}
+        for split in ("biased", "iid")
+        for downlink in ("ideal", "analog")
+        for steps in (1, 3, 10, 30, 100)
+    ]
+
+
+SWEEPS = {"selection": selection_cells, "antennas": antenna_cells, "noisy": noisy_cells, "steps": step_cells}
 
 
 def key_of(cell: Cell) -> str:
@@ -208,4 +219,18 @@ def _noisy_panels() -> list[Panel]:
     return [*panels, ("local steps, flat fading", "steps", lines)]
 
 
-FIGURES = {"selection": _selection_panels, "antennas": _antenna_panels, "noisy": _noisy_panels}
+def _step_panels() -> list[Panel]:
+    lines = {
+        f"{downlink}, {split}": {"downlink": downlink, "split": split, "power_down": 1.0, **FLAT}
+        for downlink in ("ideal", "analog")
+        for split in ("biased", "iid")
+    }
+    return [("local steps, flat fading, one seed", "steps", lines)]
+
+
+FIGURES = {
+    "selection": _selection_panels,
+    "antennas": _antenna_panels,
+    "noisy": _noisy_panels,
+    "steps": _step_panels,
+}
