@@ -397,6 +397,7 @@ class Compressor:
         def compress(param: Tensor) -> None:
             owner = compressor()
             if owner is not None and not isinstance(param.grad, CompressedGradient):
+                _refuse_deepspeed(param)
                 gradient, param.grad = param.grad, None
                 if gradient is not None:
                     owner.add(owner.slots[param], gradient)
@@ -627,8 +628,15 @@ def _check_model(optimizer: SGC, model: nn.Module) -> None:
         )
     parameters = set(model.parameters())
     for number, param, _ in optimizer._numbered():
+        _refuse_deepspeed(param)
         if param not in parameters:
             raise ValueError(f"{optimizer._parameter_name(number)} of this optimizer is not a parameter of the model")
+
+
+def _refuse_deepspeed(param: Tensor) -> None:
+    """DeepSpeed marks the parameters whose gradients it will take; without ZeRO-3 it does so after `attach`."""
+    if hasattr(param, "ds_id") or hasattr(param, "_hp_mapping"):
+        raise RuntimeError("DeepSpeed reduces and holds the gradients itself: use it without optimizer.attach(model)")
 
 
 def _slots(optimizer: SGC, sample_every: int) -> list[Slot]:

@@ -59,7 +59,7 @@ class Plain:
         return 0, 1
 
     def batch(self, number):
-        generator = torch.Generator().manual_seed(number)
+        generator = torch.Generator().manual_seed(number % 3)  # three batches, to be learnt by heart
         x = torch.randn(BATCH * self.micro_batches, WIDTH, generator=generator).to(self.dtype)
         rank, ranks = self.shard
         return [part.chunk(ranks)[rank] for part in x.chunk(self.micro_batches)]

@@ -555,3 +555,17 @@ def test_a_checkpoint_with_compressed_gradients_needs_an_attached_optimizer():
     with pytest.raises(ValueError, match="attach"):
         fresh.load_state_dict(optimizer.state_dict())
     assert not fresh.state
+
+
+@pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])
+def test_gradients_that_deepspeed_will_take_are_refused(mark):
+    model = make_model()
+    setattr(model[0].weight, mark, 0)
+    with pytest.raises(RuntimeError, match="DeepSpeed"):
+        SGC(model.parameters(), **SKETCHED).attach(model)
+    model = make_model()
+    optimizer = SGC(model.parameters(), **SKETCHED)
+    optimizer.attach(model)
+    setattr(model[2].weight, mark, 0)  # as deepspeed.initialize does
+    with pytest.raises(RuntimeError, match="DeepSpeed"):
+        loss_of(model, batches(1)[0]).backward()
