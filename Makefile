@@ -19,17 +19,20 @@ INSTALL := $(PIP) install -c constraints.txt
 INSTALL_SGC := PYTHONWARNINGS=ignore $(INSTALL) -q --no-build-isolation -e
 
 .DEFAULT_GOAL := help
-.PHONY: help finetune test lint format clean
+.PHONY: help finetune test test-matrix lint format clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 finetune: $(VENV)/.installed-hf ## Fine-tune a small Llama with SGC (ARGS="..." goes to recipes/finetune.py)
 	$(BIN)/accelerate launch $(ACCELERATE_ARGS) recipes/finetune.py $(ARGS)
 
 test: $(VENV)/.installed-dev ## Run the tests (PYTEST_ARGS="-k name", WORKERS=1)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+test-matrix: $(VENV)/.installed-dev ## Run every harness with every feature, and write the table of README.md
+	WORKERS=$(WORKERS) $(BIN)/python -m tests.compatibility
 
 lint: $(VENV)/.installed-dev ## Style, types and the one-way imports
 	$(BIN)/ruff check .
