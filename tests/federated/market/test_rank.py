@@ -88,7 +88,7 @@ def test_what_cannot_be_ranked_is_a_sentence() -> None:
 
 
 def half(first: bool, seed: int) -> Moments:
-    """A seller whose rows vary little in three of the buyer's six directions, a little less little in the second half."""
+    """A seller whose rows vary little in three of the buyer's six directions."""
     spread = torch.ones(D)
     spread[slice(3, 6) if first else slice(0, 3)] = 0.1 if first else 0.2
     return along(rows(2000, seed, spread))
