@@ -69,6 +69,7 @@ from word_tasks import instruction_rows
 
 HERE = Path(__file__).resolve().parent
 SHORT_ANSWER = 32  # tokens; up to here an exact match is asked for
+ONE_SIGNAL = 2.0  # seconds in which several are taken for one
 DEFAULT_CONTEXT = 1024  # tokens; a model's context may be more than memory holds
 
 
@@ -270,15 +271,23 @@ class LossBar(ProgressCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C or SIGTERM ends training after the step under way, with a checkpoint; a second one ends it at once."""
+    """Ctrl-C or SIGTERM ends training after the step under way, with a checkpoint; a second one ends it at once.
+
+    A scheduler signals a launcher and its processes, and the launcher signals them again: that is one signal.
+    """
 
     def __init__(self) -> None:
         self.received = 0
+        self.since: float | None = None
         self.old: dict[int, Any] = {}
 
     def _note(self, number: int, _: Any) -> None:
-        self.received = number
-        self._restore()
+        now = time.monotonic()
+        if self.since is None:
+            self.received, self.since = number, now
+        elif now - self.since > ONE_SIGNAL:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self.old.items():

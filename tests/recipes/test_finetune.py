@@ -94,6 +94,24 @@ def interrupt_at(step, number=signal.SIGINT):
     return on_step_begin
 
 
+def test_signals_within_two_seconds_are_one_and_a_later_one_ends_the_run_at_once(monkeypatch):
+    now = [100.0]
+    stop = finetune.StopOnSignal()
+    stop.on_train_begin()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(finetune.time, "monotonic", lambda: now[0])
+            signal.raise_signal(signal.SIGINT)
+            now[0] += 1.9
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.received == signal.SIGINT
+            now[0] += 0.2
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        stop.on_train_end()
+
+
 def test_sgc_says_what_it_held_and_a_comparison_does_not(smoke):
     summary = json.loads((smoke / "sgc_summary.json").read_text())
     sgc, adamw = results(smoke)["runs"]
