@@ -3,7 +3,7 @@
     python benchmarks/gradients.py            # a Llama of 12 layers on a CPU, two processes for the wire
 
 Gradients alive are counted at every arrival of a new one, by the storages still held, and so are the sums that
-compressed gradients leave. What DistributedDataParallel sends is the bytes of its buckets, seen by a communication hook.
+compressed gradients leave. What DistributedDataParallel sends is counted by a communication hook.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ FEATURES = (
 # A cell is a test, several, or a sentence that says why there is none.
 ONE = "there is one process"
 MATRIX = "test_matrix.py::test_every_harness_has_every_feature"
-WHOLE_TENSOR = "the tensor is skipped"
+TRAINERS = "as in the Trainer"
 TRAINER_SKIPS = "test_hf.py::test_gradients_that_are_not_finite_are_said_once_and_counted"
 
 CELLS: dict[str, tuple[str | list[str], ...]] = {
@@ -92,6 +92,42 @@ CELLS: dict[str, tuple[str | list[str], ...]] = {
         )
         for stage in (1, 2, 3)
     },
+    "PEFT: LoRA, DoRA, embeddings": (
+        "test_peft.py::test_what_is_trained_learns_all_else_stays_and_the_state_is_as_predicted",
+        TRAINERS,
+        "test_peft.py::test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one",
+        "test_peft.py::test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one",
+        ONE,
+        TRAINERS,
+        "test_peft.py::test_compressed_gradients_of_adapters_see_no_difference_with_checkpointing",
+    ),
+    "QLoRA, 4 bits": (
+        "test_bitsandbytes.py::test_qlora_learns_and_resumes_in_the_bits_of_an_uninterrupted_run",
+        TRAINERS,
+        "test_bitsandbytes.py::test_qlora_learns_and_resumes_in_the_bits_of_an_uninterrupted_run",
+        "test_bitsandbytes.py::test_qlora_learns_and_resumes_in_the_bits_of_an_uninterrupted_run",
+        ONE,
+        TRAINERS,
+        "test_bitsandbytes.py::test_compressed_gradients_over_4_bits_see_no_difference_with_checkpointing",
+    ),
+    "TRL's SFTTrainer": (
+        "test_trl.py::test_sft_trainer_trains_with_sgc",
+        TRAINERS,
+        "test_trl.py::test_sft_trainer_trains_with_sgc",
+        "test_trl.py::test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one",
+        ONE,
+        TRAINERS,
+        "test_trl.py::test_sft_trainer_trains_with_sgc",
+    ),
+    "mixture of experts": (
+        "test_moe.py::test_a_stack_of_experts_is_updated_as_the_matrix_of_all_their_rows",
+        TRAINERS,
+        TRAINERS,
+        "test_moe.py::test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one",
+        ONE,
+        TRAINERS,
+        "test_moe.py::test_stacked_experts_are_compressed_learn_and_hold_what_is_predicted",
+    ),
 }
 
 
