@@ -17,7 +17,7 @@ from sgc.arguments import check_group, check_param
 from sgc.codec.layout import Layout
 from sgc.codec.project import Projection, mix
 from sgc.compressed_grad import CompressedGradient, Compressor
-from sgc.ranks import refuse_mismatch
+from sgc.ranks import checksum, refuse_mismatch
 from sgc.step import (
     PROBED_CHUNKS,
     Update,
@@ -83,7 +83,7 @@ class SGC(torch.optim.Optimizer):
     Source: Yang et al., arXiv 2502.00311; "residual" and "whitened" are ours.
     """
 
-    check_ranks = True  # whether the first step compares the hyperparameters of all ranks of a process group
+    check_ranks = True  # whether the first step compares hyperparameters and state of all ranks of a process group
 
     def __init__(
         self,
@@ -310,7 +310,12 @@ class SGC(torch.optim.Optimizer):
         """Refuse, once, to train one model with ranks of several opinions."""
         if self.check_ranks and not self._compared:
             self._compared = True
-            refuse_mismatch(self.param_groups, (*CONFIGURATION, *TUNABLE))
+            refuse_mismatch(self.param_groups, (*CONFIGURATION, *TUNABLE), map(self._checksum, self.param_groups))
+
+    def _checksum(self, group: dict[str, Any]) -> int:
+        """Sum up what every rank must hold alike: the state of whole tensors, and not of shards and flat partitions."""
+        alike = (p for p in group["params"] if p.dim() > 1 and p in self.state and not sharded.is_sharded(p))
+        return checksum(value for p in alike for value in self.state[p].values() if isinstance(value, Tensor))
 
     def _numbered(self) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
         pairs = ((param, group) for group in self.param_groups for param in group["params"])
