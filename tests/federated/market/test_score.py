@@ -176,6 +176,8 @@ def test_a_direction_counts_by_the_buyers_variance_along_it() -> None:
     weight = score.weights(own, torch.ones(6, dtype=torch.bool))
     assert float(weight.sum()) == pytest.approx(1)
     torch.testing.assert_close(weight[:6] / weight[0], own.variance / own.variance[0])
+    buyer, seller = torch.tensor([1.0, 0.2]), torch.tensor([[1.0, 0.1], [0.5, 0.2]])
+    assert reference.relevance(buyer, seller[0]) == reference.relevance(buyer, seller[1])  # whichever direction is off
     assert float(weight[6]) == pytest.approx(float(weight[:6].mean()))
     first, last = torch.ones(2, 7)
     first[0], last[5] = 0, 0
@@ -229,6 +231,17 @@ def test_noise_raises_neither_relevance_nor_coverage() -> None:
     assert score.volume(b, noise, kept) < score.volume(b, clean, kept)
     assert score.dispersion(sb, shares(noise), kept) < score.dispersion(sb, shares(clean), kept)
     assert ours(buyer, noisy) < 0.9 * ours(buyer, seller)
+
+
+def test_the_published_value_of_a_direction_counts_variance_that_lies_elsewhere() -> None:
+    x = rows(3000, 1, torch.ones(24)) - 0.5
+    v = torch.eye(24)[:, :1]
+    entangled = x.clone()
+    entangled[:, 1] += 5 * x[:, 0]  # the rows now vary with what they do along v, and along v as before
+    values = [reference.norm_values(StreamingMoments(v, cross=True).update(side).cross()) for side in (x, entangled)]
+    assert float(values[1]) > 4 * float(values[0])
+    one, two = (moments_along(side, v).variance for side in (x, entangled))
+    assert float(two) == pytest.approx(float(one), rel=1e-5)
 
 
 def test_the_vendi_score_of_orthogonal_groups_is_their_number() -> None:
