@@ -156,7 +156,7 @@ def draw(name: str, rows: list[dict[str, Any]], path: Path) -> None:
             points = summary([row for row in rows if all(row["cell"].get(k) == v for k, v in chosen.items())], x)
             if not points:
                 continue
-            if x is None:
+            if set(points) == {None}:  # runs that have no x
                 axis.axhline(points[None][0], color="0.4", linestyle="--", label=label)
                 continue
             places = [place for place in points if place is not None]
@@ -174,11 +174,11 @@ def draw(name: str, rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def summary(rows: list[dict[str, Any]], x: str | None) -> dict[Any, tuple[float, float]]:
-    """Give mean and standard deviation of the accuracy over seeds for every value of x."""
+def summary(rows: list[dict[str, Any]], x: str) -> dict[Any, tuple[float, float]]:
+    """Give mean and standard deviation of the accuracy over seeds for every value of x, None where a run has none."""
     groups: dict[Any, list[float]] = {}
     for row in rows:
-        groups.setdefault(row["cell"].get(x) if x else None, []).append(row["accuracy"])
+        groups.setdefault(row["cell"].get(x), []).append(row["accuracy"])
     return {
         place: (statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
         for place, values in sorted(groups.items(), key=lambda item: (item[0] is None, item[0] or 0))
@@ -186,8 +186,8 @@ def summary(rows: list[dict[str, Any]], x: str | None) -> dict[Any, tuple[float,
 
 
 LABELS = {"participants": "participating devices J", "antennas": "antennas N_r", "steps": "local steps τ",
-          "power_down": "power of the server P", None: ""}  # fmt: skip
-Panel = tuple[str, str | None, dict[str, Cell]]
+          "power_down": "power of the server P"}  # fmt: skip
+Panel = tuple[str, str, dict[str, Cell]]
 
 
 def _selection_panels() -> list[Panel]:
@@ -199,7 +199,7 @@ def _selection_panels() -> list[Panel]:
 
 def _antenna_panels() -> list[Panel]:
     lines = {f"CSI error variance {error:.0f}": {"scheme": "blind", "csi_error": error} for error in (0.0, 40.0)}
-    return [("blind uplink, biased split, 10 dB", "antennas", lines)]
+    return [("blind uplink, biased split, 10 dB", "antennas", {**lines, "error-free link": {"scheme": "ideal"}})]
 
 
 def _noisy_panels() -> list[Panel]:
