@@ -467,6 +467,7 @@ def best_runs(
         for row in found
         if (row["task"], row["steps"], row["batch_size"], row["train_rows"]) == setting
         and row["optimizer"] == optimizer
+        and row["lr"] in LEARNING_RATES.get(optimizer, suite.rates)
     ]
     first = [row for row in here if row["seed"] == suite.seeds[0]]
     if not first:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from sgc import SGC
+from sgc import SGC, compressed_grad, memory
 from sgc.compressed_grad import CompressedGradient
 from sgc.moments import RULES
 from tests.processes import Processes
@@ -53,9 +53,9 @@ def train(attach, steps, micro_batches=1, dtype=torch.float32, experts=(0, 0), m
     if attach:
         optimizer.attach(model)
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
-    generator = torch.Generator().manual_seed(7 + rank)
     norms, losses = [], []
-    for _ in range(steps):
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(2 * (step % 3) + rank)  # to be learnt by heart
         for number in range(micro_batches):
             x = torch.randn(8, 32, generator=generator).to(dtype)
             ddp.require_backward_grad_sync = number == micro_batches - 1
@@ -123,13 +123,15 @@ def test_the_norm_is_that_of_the_mean_gradient(processes):
 def bytes_on_the_wire():
     model, optimizer, *_ = train(True, 4)
     sent = optimizer.stats()["reduced_bytes"]
-    states = [state for state in optimizer.state.values() if "sketch" in state]
-    sketches = sum(state["sketch"].numel() for state in states)
-    statistics = sum(state["row"].numel() + state["col"].numel() + 3 for state in states)
-    assert sent == 4 * (sketches + statistics)
-    entries = [param.numel() for param in model.parameters() if "sketch" in optimizer.state[param]]
+    schemas = [memory.state_schema(param.shape, optimizer.param_groups[0]) for param in model.parameters()]
+    sizes = [{name: math.prod(shape) for name, (shape, _) in schema.items()} for schema in schemas]
+    compressed = [size for size in sizes if "sketch" in size]
+    statistics = sum(size["row"] + size["col"] + 3 for size in compressed)
+    assert sent == 4 * (sum(size["sketch"] for size in compressed) + statistics)
+    entries = [param.numel() for param, size in zip(model.parameters(), sizes, strict=True) if "sketch" in size]
     widths = [32, 48, 48, 48, 48]  # n of each: a row, as rows have fewer than chunk_size entries
-    assert sketches == sum(count * 16 / n for count, n in zip(entries, widths, strict=True))
+    expected = [count * 16 / n for count, n in zip(entries, widths, strict=True)]  # n/k times fewer
+    assert [size["sketch"] for size in compressed] == expected
 
 
 def test_ranks_send_sketches_and_the_statistic_and_nothing_else(processes):
@@ -212,3 +214,26 @@ def all_compressed():
 
 def test_a_model_of_compressed_tensors_alone_leaves_one_to_ddp(processes):
     processes.run(all_compressed)
+
+
+def order_of_events():
+    bound, compressed_grad.BUCKET_ENTRIES = compressed_grad.BUCKET_ENTRIES, 1  # a bucket for every tensor
+    try:
+        model = Routed()
+        optimizer = SGC(model.parameters(), **SKETCHED)
+        optimizer.attach(model)
+    finally:
+        compressed_grad.BUCKET_ENTRIES = bound
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    compressor, events = optimizer._compressor, []
+    encode, send = compressor._encode, compressor._send
+    compressor._encode = lambda *args: (events.append("encode"), encode(*args))
+    compressor._send = lambda bucket: (events.append("send") if not bucket.sent else None, send(bucket))
+    (ddp(torch.randn(4, 32), 0)).square().sum().backward()
+    return events
+
+
+def test_what_is_complete_is_sent_while_backward_goes_on(processes):
+    for events in processes.run(order_of_events):
+        assert events.count("encode") == 3  # two experts were not used
+        assert events.index("send") < len(events) - 1 - events[::-1].index("encode")
