@@ -290,14 +290,19 @@ class BuyerKey:
         _fields(header, names, "key")
         if set(tensors) != {"rotation", "mean", "second", "variance_se"}:
             raise ValueError("a key must hold rotation, mean, second and variance_se")
-        moments = Moments(
-            header["rows"],
-            *(tensors[name].double() for name in ("mean", "second")),
-            header["energy"],
-            tensors["variance_se"].double(),
-            header["energy_se"],
-        )
-        return cls(header["query"], tensors["rotation"].double(), header["decoys"], moments, header["dimension"])
+        t = {name: x.double() for name, x in tensors.items()}
+        k = len(t["mean"])
+        shapes = {"rotation": (k, k), "mean": (k,), "second": (k, k), "variance_se": (k,)}
+        for name, shape in shapes.items():
+            if tuple(t[name].shape) != shape:
+                raise ValueError(f"a key's '{name}' must have the shape {shape}, got {tuple(t[name].shape)}")
+        counts = {name: header[name] for name in ("rows", "decoys", "dimension")}
+        if not all(type(n) is int and 0 <= n <= MAX_ROWS for n in counts.values()) or not counts["decoys"] < k:
+            raise ValueError(f"a key's rows, decoys and dimension must be counts, got {_short(counts)}")
+        energy, energy_se = (_number(header[name], name) for name in ("energy", "energy_se"))
+        moments = Moments(counts["rows"], t["mean"], t["second"], energy, t["variance_se"], energy_se)
+        query = _text(header["query"], "query", r"[0-9a-f]{64}")
+        return cls(query, t["rotation"], counts["decoys"], moments, counts["dimension"])
 
 
 def _first(moments: Moments, count: int) -> Moments:

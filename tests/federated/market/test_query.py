@@ -188,6 +188,28 @@ def test_hostile_queries_are_refused_with_a_sentence(pair, tmp_path) -> None:
         assert len(str(caught.value)) < 400, name
 
 
+def test_keys_that_are_damaged_are_refused_with_a_sentence(pair, tmp_path) -> None:
+    query, key = pair
+    key.save(tmp_path / "k")
+    good = q._tensors((tmp_path / "k").read_bytes(), "key")
+    for tensors, header in [
+        ({"mean": torch.zeros(3).double()}, {}),
+        ({"rotation": torch.zeros(2, 2).double()}, {}),
+        ({}, {"rows": "100"}),
+        ({}, {"decoys": 99}),
+        ({}, {"energy": None}),
+        ({}, {"query": "x"}),
+        ({}, {"kind": "query"}),
+    ]:
+        content = save(good[0] | tensors, {"sgc_market": json.dumps(good[1] | header)})
+        (tmp_path / "k").write_bytes(content)
+        with pytest.raises(ValueError, match=r"\w+ .*\w"):
+            q.BuyerKey.load(tmp_path / "k")
+    query.save(tmp_path / "k")
+    with pytest.raises(ValueError, match="must be a key, got 'query'"):
+        q.BuyerKey.load(tmp_path / "k")
+
+
 @pytest.mark.parametrize(
     "change",
     [
