@@ -171,7 +171,11 @@ class Batches:
         """Gather the batch of a step: columns (B, b, …), or (b, …) of one device; padding has labels of −100."""
         place = (slice(None), step) if device is None else (device, step)
         index = self.index[place]
-        batch = {name: column[index] for name, column in self.data.items()}
+        rows = index.reshape(-1)  # index_select copies whole rows, which indexing does not
+        batch = {
+            name: column.index_select(0, rows).view(*index.shape, *column.shape[1:])
+            for name, column in self.data.items()
+        }
         if self.real is not None:
             real = self.real[place].reshape(*index.shape, *(1,) * (batch["labels"].dim() - index.dim()))
             batch["labels"] = batch["labels"].masked_fill(~real, IGNORED)
