@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sgc import memory, moments
 from sgc.codec.layout import Layout
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 BUCKET_ENTRIES = 1 << 22  # fp32 numbers that ranks sum in one message (16 MiB)
 aten = torch.ops.aten
+_attached = WeakIdKeyDictionary()  # parameter → weak reference to its compressor
 
 
 class Sums(NamedTuple):
@@ -79,7 +81,8 @@ class Slot:
     """One attached parameter: its chunks, and where its sums lie in the buffer of its bucket."""
 
     def __init__(self, number: int, param: Tensor, layout: Layout, group: Mapping[str, Any], sample_every: int) -> None:
-        self.number, self.param, self.layout = number, param, layout
+        self.number, self.layout = number, layout
+        self._param = weakref.ref(param)  # a gradient holds the slot, and must not hold its parameter
         rule, sketch_size = group["moments"], group["sketch_size"]
         self.sample_every = 0 if sketch_size else sample_every  # m; 0: a sketch is held
         sketch: tuple[int, ...] = (layout.chunks, min(sketch_size, layout.chunk))
@@ -120,10 +123,17 @@ class Slot:
         return sorted(range(self.sample_every), key=lambda entry: mix(key ^ (entry + 1)))[turn]
 
     @property
+    def param(self) -> Tensor:
+        """Give the parameter."""
+        param = self._param()
+        assert param is not None  # the compressor holds it
+        return param
+
+    @property
     def held(self) -> CompressedGradient | None:
         """The gradient, if it is compressed."""
         gradient = self.param.grad
-        return gradient if isinstance(gradient, CompressedGradient) else None
+        return gradient if isinstance(gradient, CompressedGradient) and gradient.slot is self else None
 
 
 class Bucket:
@@ -171,14 +181,24 @@ class CompressedGradient(Tensor):
         return torch.Tensor._make_wrapper_subclass(cls, param.shape, dtype=param.dtype, device=param.device)
 
     def __init__(self, compressor: Compressor, slot: Slot, buffer: Buffer) -> None:
-        self.compressor, self.slot, self.buffer = compressor, slot, buffer
-        self.prescale = None if slot.sample_every else compressor.last_factor  # multiplies what is added
+        self._compressor, self.slot, self.buffer = weakref.ref(compressor), slot, buffer
+        factor = None if slot.sample_every else compressor.last_factor
+        self.prescale = None if factor is None else factor.to(slot.param.device)  # multiplies what is added
+        self.first = compressor.first(slot)  # the first entry held, where there is no sketch
         self.scale = torch.ones((), dtype=torch.float32, device=slot.param.device)  # c
         if self.prescale is not None:
             self.scale = self.scale / self.prescale
         self.scaled = False  # somebody has clipped or unscaled it
         self.spent = False  # a step has used it
         self.zeroed = False  # it is a gradient of zeros, not one that never came
+
+    @property
+    def compressor(self) -> Compressor:
+        """Give who compressed it."""
+        compressor = self._compressor()
+        if compressor is None:
+            raise RuntimeError("the optimizer of this compressed gradient is gone: set param.grad to None")
+        return compressor
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -225,7 +245,7 @@ class CompressedGradient(Tensor):
         sums, t = self.sums(), int(state["step"])
         factor, square = self._factors(sums)
         whitening = whiten_by(state, sums.row * square, sums.col * square, group["betas"][1], t)
-        return whitening, sums.p * factor, self.slot.first(group["seed"], t), self.slot.sample_every
+        return whitening, sums.p * factor, self.first, self.slot.sample_every
 
     def _factors(self, sums: Sums) -> tuple[Tensor, Tensor]:
         """Give c/W, and what Σgᵢ² is multiplied by to be g²."""
@@ -301,12 +321,13 @@ def _itself(_: Any, gradient: CompressedGradient, *args: Any, **kwargs: Any) -> 
 
 def _each(func: Any, gradients: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
     """Do a foreach operator one by one, since the list mixes whole and compressed gradients."""
-    one = _FOREACH[func]
-    return [one(gradient, *args, **kwargs) for gradient in gradients]
+    found = [_FOREACH[func](gradient, *args, **kwargs) for gradient in gradients]
+    return found if func is aten._foreach_norm.Scalar else None
 
 
 def _each_by(func: Any, gradients: Sequence[Tensor], others: Sequence[Any]) -> Any:
-    return [_FOREACH[func](gradient, other) for gradient, other in zip(gradients, others, strict=True)]
+    for gradient, other in zip(gradients, others, strict=True):
+        _FOREACH[func](gradient, other)
 
 
 def _unscale(func: Any, gradients: Sequence[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
@@ -370,16 +391,40 @@ class Compressor:
         self._unsummed = False
         self._callback_queued = False
         self._order: list[Bucket] = []
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        self._alone = _world_size() == 1
+        self._take_back: Callable[[], Any] = lambda: None
+        if not self._alone:
             self._leave_to_ddp_what_it_needs(model)
+        for param in self.slots:
+            other = _attached.get(param)
+            if other is not None and (old := other()) is not None:
+                old.remove()  # of two optimizers the newer compresses
+            _attached[param] = weakref.ref(self)
         self._handles = [param.register_post_accumulate_grad_hook(self._hook()) for param in self.slots]
         if self._order:
-            self._handles.append(model.register_forward_pre_hook(self._forward_hook()))
+            self._handles.append(model.register_forward_pre_hook(_BeforeForward(self)))
+            # a batch may reach no compressed parameter on one rank, and some on another
+            others = [param for param in model.parameters() if param.requires_grad and param not in self.slots]
+            self._handles += [param.register_post_accumulate_grad_hook(self._queue_hook()) for param in others]
 
     def remove(self) -> None:
         """Take the hooks off; gradients are whole from the next backward on."""
         for handle in self._handles:
             handle.remove()
+        self._take_back()
+
+    @property
+    def joined(self) -> bool:
+        """Whether the model has run inside DistributedDataParallel, which now ignores its compressed parameters."""
+        return self._group is not None
+
+    def check_ranks(self) -> None:
+        """Refuse to train several ranks apart."""
+        if self._order and not self.joined:
+            raise RuntimeError(
+                "several processes run, and the attached model was not called through DistributedDataParallel: wrap "
+                "it, or where every rank trains a model of its own, set `optimizer.check_ranks = False`"
+            )
 
     def bytes(self) -> int:
         """Bytes of the sums held now."""
@@ -398,22 +443,23 @@ class Compressor:
             owner = compressor()
             if owner is not None and not isinstance(param.grad, CompressedGradient):
                 _refuse_deepspeed(param)
+                if owner._alone and _world_size() > 1:
+                    raise RuntimeError("call optimizer.attach(model) after torch.distributed.init_process_group")
                 gradient, param.grad = param.grad, None
                 if gradient is not None:
                     owner.add(owner.slots[param], gradient)
 
         return compress
 
-    def _forward_hook(self) -> Callable[[nn.Module, Any], None]:
+    def _queue_hook(self) -> Callable[[Tensor], None]:
         compressor = weakref.ref(self)
 
-        @torch.compiler.disable
-        def before_forward(module: nn.Module, args: Any) -> None:
+        def queue(param: Tensor) -> None:
             owner = compressor()
             if owner is not None:
-                owner._before_forward()
+                owner._queue()
 
-        return before_forward
+        return queue
 
     # -- adding
 
@@ -432,7 +478,7 @@ class Compressor:
         self._encode(slot, gradient, held)
         held.spent = held.zeroed = False
         self._unsummed, slot.bucket.sent = True, False
-        if self._last:
+        if self._last and torch._C._current_graph_task_id() != -1:
             self._after_last(slot)
 
     def _fold(self, held: CompressedGradient) -> None:
@@ -468,7 +514,7 @@ class Compressor:
             for total, mean in zip((sums.row, sums.col), mean_squares(grid, layout), strict=True):
                 total.add_(mean)
         if slot.sample_every:
-            value = gradient.reshape(-1)[slot.first(group["seed"], t) :: slot.sample_every].float()
+            value = gradient.reshape(-1)[held.first :: slot.sample_every].float()
             sums.p[: len(value)].add_(value)
             sums.sketch_sq.add_(value.square().sum())
             return
@@ -486,7 +532,16 @@ class Compressor:
     def expect(self, factor: Tensor) -> None:
         """Expect of the next step that clipping and unscaling multiply its gradients by this factor, too."""
         usable = factor.isfinite() & (factor > 0)
-        self.last_factor = torch.where(usable, factor, 1.0 if self.last_factor is None else self.last_factor)
+        last = 1.0 if self.last_factor is None else self.last_factor.to(factor.device)
+        self.last_factor = torch.where(usable, factor, last)
+
+    def first(self, slot: Slot) -> int:
+        """Give the first entry of a tensor whose gradient the next update holds."""
+        if not slot.sample_every:
+            return 0
+        optimizer = self._owner()
+        group = optimizer._group_of(slot.number)
+        return slot.first(group["seed"], int(optimizer._state_of(slot.param, group)["step"]) + 1)
 
     # -- using
 
@@ -525,8 +580,9 @@ class Compressor:
             slot.param.grad = None
             if slot.number in pending:
                 saved = pending[slot.number].to(slot.param.device)
-                buffer = slot.bucket.open()
+                buffer = slot.bucket.make()
                 slot.part(buffer.flat).copy_(saved[:-1])
+                buffer.reduced = bool(self._order)  # `pending` has summed it over the ranks
                 held = CompressedGradient(self, slot, buffer)
                 held.scale = saved[-1].clone()
                 slot.param.grad = held
@@ -540,18 +596,27 @@ class Compressor:
             del self.slots[min(self.slots, key=lambda param: param.numel())]
         names = [name for name, param in model.named_parameters(remove_duplicate=False) if param in self.slots]
         names += [f"_orig_mod.{name}" for name in names]  # a compiled module's names
-        ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names}
+        before = getattr(model, "_ddp_params_and_buffers_to_ignore", None)
+        ignored = _Ignored(before or (), names)
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+        params = [weakref.ref(param) for param in self.slots]
+        self._take_back = weakref.finalize(self, _unignore, weakref.ref(model), ignored, before, params)
         self._order = _buckets(list(self.slots.values()))
 
+    @torch.compiler.disable
     def _before_forward(self) -> None:
         """Learn from DistributedDataParallel whether ranks sum after this micro-batch."""
         ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
         if ddp is None or not torch.is_grad_enabled():
             return
+        if ddp._join_config.enable:
+            raise RuntimeError("compressed gradients need as many batches on every rank: leave out join")
         if self._group is None:
             self._join(ddp)
-        self._last = ddp.require_backward_grad_sync
+        self._last, self._callback_queued = ddp.require_backward_grad_sync, False
+        for slot in self.slots.values():
+            if slot.held is not None and slot.held.scaled:
+                self._fold(slot.held)
         if self._last:
             self._unsummed = True
             for bucket in self._order:
@@ -574,20 +639,28 @@ class Compressor:
     def _after_last(self, slot: Slot) -> None:
         """Send what is complete while backward goes on, buckets in the same order on every rank."""
         slot.bucket.waiting.discard(slot.number)
-        if not self._callback_queued:
-            self._callback_queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
+        self._queue()
         for bucket in self._order:
             if bucket.waiting:
                 break
             self._send(bucket)
+
+    def _queue(self) -> None:
+        """Have `_after_backward` called when the last backward ends."""
+        if self._last and not self._callback_queued:
+            self._callback_queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
 
     def _after_backward(self) -> None:
         """Give every rank the same set of gradients, as their norm is taken over that set."""
         self._callback_queued = False
         for param, slot in self.slots.items():
             if param.grad is None:
-                param.grad = CompressedGradient(self, slot, slot.bucket.make())
+                bucket = slot.bucket
+                buffer = bucket.make() if bucket.sent else bucket.open()
+                if not bucket.sent:
+                    slot.clear(buffer)
+                param.grad = CompressedGradient(self, slot, buffer)
 
     def _send(self, bucket: Bucket) -> None:
         """Start to sum a bucket over the ranks."""
@@ -616,6 +689,54 @@ class Compressor:
         optimizer = self._optimizer()
         assert optimizer is not None  # whoever calls holds it
         return optimizer
+
+
+class _BeforeForward:
+    """The hook on the model's forward; a copied or pickled model has none."""
+
+    def __init__(self, compressor: Compressor | None = None) -> None:
+        self._compressor = (lambda: None) if compressor is None else weakref.ref(compressor)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        owner = self._compressor()
+        if owner is not None:
+            owner._before_forward()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _BeforeForward, ()
+
+
+class _Ignored(set[str]):
+    """The names that DistributedDataParallel ignores; a copied or pickled model is told only those from before."""
+
+    def __init__(self, before: Iterable[str], names: Iterable[str]) -> None:
+        self._before = frozenset(before)
+        super().__init__((*self._before, *names))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> set[str]:
+        return set(self._before)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return set, (list(self._before),)
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _unignore(
+    model: Callable[[], nn.Module | None], ignored: set[str], before: Any, params: Sequence[Callable[[], Tensor | None]]
+) -> None:
+    """Take back what DistributedDataParallel was told, unless somebody has told it something else since."""
+    owner = model()
+    if owner is None or getattr(owner, "_ddp_params_and_buffers_to_ignore", None) is not ignored:
+        return
+    del owner._ddp_params_and_buffers_to_ignore
+    for param in (param() for param in params):
+        if param is not None and hasattr(param, "_ddp_ignored"):
+            del param._ddp_ignored
+    if before is not None:
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(owner, before)
 
 
 def _check_model(optimizer: SGC, model: nn.Module) -> None:

@@ -92,6 +92,8 @@ def create_sgc_optimizer(
         raise ValueError(
             f"sample_every={sample_every} says how gradients are compressed: set compressed_gradients=True"
         )
+    if compressed_gradients and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+        raise ValueError("compressed_gradients is not for FSDP, which shards parameters and gradients already")
     groups, frozen = parameter_groups(model, embeddings=embeddings, overrides=overrides)
     optimizer = SGC(groups, **sgc_kwargs)
     for param in frozen:

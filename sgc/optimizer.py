@@ -123,6 +123,7 @@ class SGC(torch.optim.Optimizer):
         self._compared = False
         self._compressor: Compressor | None = None
         self._given: list[weakref.ref[Tensor]] = getattr(self, "_given", [])  # a sharding harness may replace them
+        self._given_by_id: dict[int, weakref.ref[Tensor]] = getattr(self, "_given_by_id", {})
         self._partitions: dict[Tensor, Partition] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -182,6 +183,7 @@ class SGC(torch.optim.Optimizer):
             check_param(param, number, group)
         super().add_param_group(group)
         self._given += [weakref.ref(param) for param in self.param_groups[-1]["params"]]
+        self._given_by_id = {id(param): ref for ref in self._given if (param := ref()) is not None}
 
     def attach(self, model: nn.Module, *, sample_every: int = 8) -> SGC:
         """Compress every gradient as soon as backward has made it, so that they never pile up.
@@ -206,13 +208,24 @@ class SGC(torch.optim.Optimizer):
 
         Source: ours.
         """
-        self.detach()
+        if self._compressor is not None:
+            self._compressor.remove()
+            self._compressor = None
         self._compressor = Compressor(self, model, sample_every)
         return self
 
     def detach(self) -> None:
-        """Undo `attach`: gradients are whole from the next backward on."""
+        """Undo `attach`: gradients are whole from the next backward on.
+
+        Raises:
+            RuntimeError: the model has run inside DistributedDataParallel, which goes on ignoring its parameters.
+        """
         if self._compressor is not None:
+            if self._compressor.joined:
+                raise RuntimeError(
+                    "DistributedDataParallel ignores the compressed parameters for good: make a new optimizer, and "
+                    "wrap the model anew"
+                )
             self._compressor.remove()
             self._compressor = None
 
@@ -235,6 +248,13 @@ class SGC(torch.optim.Optimizer):
                 loss = closure()
         self._compare_ranks()
         if self._compressor is not None:
+            if not self._compressor.slots.keys() <= {param for _, param, _ in self._numbered()}:
+                raise RuntimeError(
+                    "parameters were replaced after optimizer.attach(model), as FSDP does: compressed gradients need "
+                    "whole ones, and sharded parameters have sharded gradients already"
+                )
+            if self.check_ranks:
+                self._compressor.check_ranks()
             self._compressor.collect()
         ready: list[tuple[int, Tensor, Any, Any]]
         ready = [(number, p, p.grad, group) for number, p, group in self._numbered() if p.grad is not None]
@@ -270,8 +290,10 @@ class SGC(torch.optim.Optimizer):
     def _partition(self, param: Tensor) -> Partition | None:
         """Give the pieces of a tensor that DeepSpeed has put in the place of others."""
         if param not in self._partitions and not sharded.is_sharded(param):
-            given = [tensor() for tensor in self._given]
-            found = None if any(tensor is param for tensor in given) else find_pieces(param, given)
+            known = self._given_by_id.get(id(param))
+            found = None
+            if known is None or known() is not param:
+                found = find_pieces(param, [tensor() for tensor in self._given])
             if found is None:
                 return None
             self._partitions[param] = Partition(param, *found)
@@ -506,7 +528,10 @@ class SGC(torch.optim.Optimizer):
         return total
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state; in the middle of an accumulation, with this rank's compressed gradients."""
+        """Give the state; in the middle of an accumulation, with the compressed gradients.
+
+        Those are summed over the ranks first: in the middle of an accumulation, call it on every rank.
+        """
         state_dict = super().state_dict()
         if self._compressor is None:
             return state_dict

@@ -63,12 +63,15 @@ def reshape_checkpoint(source: str | Path, target: str | Path, ranks: int) -> No
     saved, names = _load(source / tag)
     zero3 = int(saved[0]["optimizer_state_dict"]["zero_stage"]) == 3
     fresh = _recut(saved, ranks, zero3)
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(tag, "rng_state_*.pth"))
-    (target / tag).mkdir()
+    unfinished = target.with_name(target.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(source, unfinished, ignore=shutil.ignore_patterns(tag, "rng_state_*.pth"))
+    (unfinished / tag).mkdir()
     for rank, content in enumerate(fresh):
-        torch.save(content, target / tag / names.format(rank))
+        torch.save(content, unfinished / tag / names.format(rank))
     for name, content in _model_files(source / tag, ranks):
-        torch.save(content, target / tag / name)
+        torch.save(content, unfinished / tag / name)
+    unfinished.rename(target)
 
 
 def _load(folder: Path) -> tuple[list[dict[str, Any]], str]:

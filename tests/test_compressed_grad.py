@@ -569,3 +569,82 @@ def test_gradients_that_deepspeed_will_take_are_refused(mark):
     setattr(model[2].weight, mark, 0)  # as deepspeed.initialize does
     with pytest.raises(RuntimeError, match="DeepSpeed"):
         loss_of(model, batches(1)[0]).backward()
+
+
+def test_a_model_dropped_with_its_gradients_is_freed():
+    model = make_model()
+    optimizer = SGC(model.parameters(), **SKETCHED)
+    optimizer.attach(model)
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.step()
+    gone = weakref.ref(model[0].weight)
+    del model, optimizer
+    gc.collect()
+    assert gone() is None
+
+
+def test_operators_on_lists_of_gradients_do_what_they_do_one_by_one():
+    model = make_model()
+    optimizer = SGC(model.parameters(), **SKETCHED)
+    optimizer.attach(model)
+    loss_of(model, batches(1)[0]).backward()
+    gradients = [param.grad for param in model.parameters()]  # compressed and whole
+    before = torch.stack(torch._foreach_norm(gradients))
+    torch._foreach_mul_(gradients, 2.0)
+    torch._foreach_div_(gradients, torch.tensor(4.0))
+    torch._foreach_mul_(gradients, [3.0] * len(gradients))
+    assert_close(torch.stack(torch._foreach_norm(gradients)), 1.5 * before)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3, foreach=True)
+    assert_close(torch.stack(torch._foreach_norm(gradients)).norm(), torch.tensor(1e-3), 1e-3)
+    torch._foreach_zero_(gradients)
+    assert torch.stack(torch._foreach_norm(gradients)).max() == 0
+
+
+def test_of_two_optimizers_on_one_model_the_newer_compresses():
+    model = make_model()
+    older, newer = SGC(model.parameters(), **SKETCHED), SGC(model.parameters(), **SKETCHED)
+    older.attach(model)
+    newer.attach(model)
+    twin = make_model()
+    expected = SGC(twin.parameters(), **SKETCHED)
+    for x in batches(3):
+        loss_of(model, x).backward()
+        loss_of(twin, x).backward()
+        newer.step()
+        newer.zero_grad()
+        expected.step()
+        expected.zero_grad()
+    assert torch.equal(weights(model), weights(twin))
+
+
+def test_sampled_entries_stay_those_of_their_gradient():
+    """A gradient that is used twice moves the same entries twice."""
+    model = make_model()
+    optimizer = SGC(model.parameters(), **{**SKETCHED, "sketch_size": 0}, weight_decay=0.0)
+    optimizer.attach(model, sample_every=8)
+    loss_of(model, batches(1)[0]).backward()
+    before = model[0].weight.detach().clone()
+    optimizer.step()
+    once = model[0].weight.detach() != before
+    optimizer.step()
+    assert torch.equal(model[0].weight.detach() != before, once)
+
+
+def test_parameters_replaced_after_attaching_are_refused():
+    model = make_model()
+    optimizer = SGC(model.parameters(), **SKETCHED)
+    optimizer.attach(model)
+    optimizer.param_groups[0]["params"] = list(make_model().parameters())  # as FSDP2 in accelerate does
+    with pytest.raises(RuntimeError, match="were replaced"):
+        optimizer.step()
+
+
+def test_an_attached_model_can_be_copied_and_pickled(tmp_path):
+    model = make_model()
+    optimizer = SGC(model.parameters(), **SKETCHED)
+    optimizer.attach(model)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    for other in (copy.deepcopy(model), loaded):
+        loss_of(other, batches(1)[0]).backward()
+        assert type(other[0].weight.grad) is torch.Tensor

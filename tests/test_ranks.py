@@ -1,5 +1,7 @@
 """Two processes: the same weights after any number of steps, sketches on the wire, and one opinion."""
 
+import copy
+import gc
 import math
 
 import pytest
@@ -237,3 +239,117 @@ def test_what_is_complete_is_sent_while_backward_goes_on(processes):
     for events in processes.run(order_of_events):
         assert events.count("encode") == 3  # two experts were not used
         assert events.index("send") < len(events) - 1 - events[::-1].index("encode")
+
+
+def none_on_one_rank():
+    """One rank's batch reaches no compressed parameter at all."""
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"dense": torch.nn.Linear(4, 1), "compressed": torch.nn.Linear(64, 64)})
+    model.forward = lambda x, both: model["dense"](x).sum() + (model["compressed"](x.mean() + X).sum() if both else 0)
+    optimizer = SGC(model.parameters(), **SKETCHED)
+    optimizer.attach(model)
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    norms = []
+    for number in range(3):
+        ddp(torch.randn(2, 4, generator=torch.Generator().manual_seed(number)), rank == 0).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(ddp.parameters(), 0.1).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert same_on_all_ranks(torch.tensor(norms))
+    assert same_on_all_ranks(weights(model))
+
+
+X = torch.randn(64, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_rank_whose_batch_reaches_no_compressed_parameter_keeps_step(processes):
+    processes.run(none_on_one_rank)
+
+
+def whole_again():
+    """DistributedDataParallel ignores nothing once the optimizer is detached, dropped, or its model copied."""
+    rank = dist.get_rank()
+    for how in ("detached", "dropped", "copied"):
+        torch.manual_seed(0)
+        model = Routed()
+        optimizer = SGC(model.parameters(), **SKETCHED)
+        optimizer.attach(model)
+        if how == "detached":
+            optimizer.detach()
+        elif how == "dropped":
+            optimizer = SGC(model.parameters(), **SKETCHED)
+        else:
+            model = copy.deepcopy(model)
+            optimizer = SGC(model.parameters(), **SKETCHED)
+        gc.collect()
+        ddp = DistributedDataParallel(model, find_unused_parameters=True)
+        for number in range(2):
+            ddp(torch.randn(4, 32, generator=torch.Generator().manual_seed(2 * number + rank)), 0).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert same_on_all_ranks(weights(model)), how
+
+
+def test_what_ddp_was_told_is_taken_back(processes):
+    processes.run(whole_again)
+
+
+def resumed_in_the_middle():
+    """Two micro-batches are summed, saved, loaded, and gone on with: as without the break, but for their whitening."""
+    rank = dist.get_rank()
+
+    def start():
+        torch.manual_seed(0)
+        model = Routed()
+        optimizer = SGC(model.parameters(), **{**SKETCHED, "sketch_size": 0})
+        optimizer.attach(model, sample_every=2)
+        return model, optimizer, DistributedDataParallel(model, find_unused_parameters=True)
+
+    def backward(ddp, number, last):
+        ddp.require_backward_grad_sync = last
+        x = torch.randn(4, 32, generator=torch.Generator().manual_seed(2 * number + rank))
+        (ddp(x, 0) - x.flip(1)).square().mean().backward()
+
+    model, optimizer, ddp = start()
+    backward(ddp, 0, False)
+    backward(ddp, 1, True)
+    sums = model.first.weight.grad
+    torch.linalg.vector_norm(sums)
+    expected = sums.sums().p.clone()
+
+    model, optimizer, ddp = start()
+    backward(ddp, 0, False)
+    state = optimizer.state_dict()  # on every rank
+    model, optimizer, ddp = start()
+    optimizer.load_state_dict(state)
+    backward(ddp, 1, True)
+    sums = model.first.weight.grad
+    torch.linalg.vector_norm(sums)
+    assert sums.sums().number == 4
+    torch.testing.assert_close(sums.sums().p, expected)
+
+
+def test_resume_in_the_middle_of_an_accumulation_counts_every_gradient_once(processes):
+    processes.run(resumed_in_the_middle)
+
+
+def refused():
+    model = Routed()
+    optimizer = SGC(model.parameters(), **SKETCHED)
+    optimizer.attach(model)
+    model(torch.randn(2, 32), 0).sum().backward()  # not through DistributedDataParallel
+    with pytest.raises(RuntimeError, match="not called through DistributedDataParallel"):
+        optimizer.step()
+    model.zero_grad()
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    ddp(torch.randn(2, 32), 0).sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="ignores the compressed parameters"):
+        optimizer.detach()
+    with pytest.raises(RuntimeError, match="leave out join"), ddp.join():
+        ddp(torch.randn(2, 32), 0)
+
+
+def test_what_would_train_ranks_apart_is_refused(processes):
+    processes.run(refused)
