@@ -97,6 +97,7 @@ def interrupt_at(step, number=signal.SIGINT):
 def test_signals_within_two_seconds_are_one_and_a_later_one_ends_the_run_at_once(monkeypatch):
     now = [100.0]
     stop = finetune.StopOnSignal()
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
     stop.on_train_begin()
     try:
         with monkeypatch.context() as patch:
@@ -110,6 +111,7 @@ def test_signals_within_two_seconds_are_one_and_a_later_one_ends_the_run_at_once
                 signal.raise_signal(signal.SIGINT)
     finally:
         stop.on_train_end()
+        signal.signal(signal.SIGINT, inherited)
 
 
 def test_sgc_says_what_it_held_and_a_comparison_does_not(smoke):
