@@ -393,13 +393,13 @@ class Compressor:
         self._order: list[Bucket] = []
         self._alone = _world_size() == 1
         self._take_back: Callable[[], Any] = lambda: None
-        if not self._alone:
-            self._leave_to_ddp_what_it_needs(model)
         for param in self.slots:
             other = _attached.get(param)
             if other is not None and (old := other()) is not None:
                 old.remove()  # of two optimizers the newer compresses
             _attached[param] = weakref.ref(self)
+        if not self._alone:
+            self._leave_to_ddp_what_it_needs(model)
         self._handles = [param.register_post_accumulate_grad_hook(self._hook()) for param in self.slots]
         if self._order:
             self._handles.append(model.register_forward_pre_hook(_BeforeForward(self)))

@@ -306,7 +306,13 @@ def accumulates_and_clips(case, folder):
     if not loose and case["rule"] == "memoryless":
         torch.testing.assert_close(changed, change, rtol=0, atol=1e-3 * change.abs().max().item())
     length = (changed.norm() / change.norm()).item()
-    assert 0.2 < length < 5 if compressed else 0.9 < length < 1.1, length
+    if compressed:
+        low, high = 0.2, 5.0  # each micro-batch has chosen its own entries
+    elif case["dtype"] is torch.bfloat16:
+        low, high = 0.5, 2.0  # DeepSpeed keeps fp32 weights, whose bf16 copies round small changes away
+    else:
+        low, high = 0.9, 1.1
+    assert low < length < high, length
 
 
 def resumes(case, folder):
