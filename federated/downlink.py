@@ -61,7 +61,7 @@ class Reception:
 
     def receive(self, devices: Tensor) -> Tensor:
         """Give θ̂_m of some participants (B,) as (B, d) fp32, not to be written to."""
-        raise NotImplementedError
+        raise NotImplementedError  # as it is, this class is the round that served nobody: there is nothing to receive
 
 
 class Downlink(abc.ABC):

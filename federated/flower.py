@@ -350,7 +350,7 @@ class RadioStrategy(Strategy):
         while len(found := list(grid.get_node_ids())) < self.num_devices:
             if time.monotonic() > end:
                 raise RuntimeError(f"{self.num_devices} nodes are needed, {len(found)} came in {self.timeout:.0f} s")
-            time.sleep(0.2)
+            time.sleep(0.2)  # a Grid has no call that waits for nodes
         replies = grid.send_and_receive([Message(RecordDict(), node, QUERY) for node in found], timeout=self.timeout)
         for reply in replies:
             if reply.has_content():

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class SmallCNNConfig(ImageConfig):
     model_type = "sgc-small-cnn"
 
 
-class _ImageModel(PreTrainedModel):
+class _ImageModel(PreTrainedModel, abc.ABC):
     """Pictures to logits, and the loss where labels are given."""
 
     main_input_name = "pixel_values"
@@ -60,9 +61,9 @@ class _ImageModel(PreTrainedModel):
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.reset_parameters()
 
+    @abc.abstractmethod
     def logits(self, pixel_values: Tensor) -> Tensor:
         """Map pictures (N, channels, height, width) to logits (N, num_labels)."""
-        raise NotImplementedError
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> ImageClassifierOutput:
         """Classify pictures.

@@ -102,7 +102,7 @@ class WholeCheckpoints:
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with said_if_it_fails(folder.name, run):
-                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+                super()._save_checkpoint(model, trial)
         except SaveError as error:
             discard(folder)
             left = last_whole(run)
@@ -113,7 +113,7 @@ class WholeCheckpoints:
             self._delete_old(run, limit)
 
     def _save_rng_state(self: Any, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # the state that makes the checkpoint whole comes after every rank's files
 
     def _delete_old(self: Any, run: Path, limit: int) -> None:

@@ -152,7 +152,7 @@ def hub_data(name: str, args: argparse.Namespace) -> Data:
 
     try:
         sets = load_from_disk(name) if Path(name, "dataset_dict.json").exists() else load_dataset(name)
-    except Exception as error:  # datasets raises many kinds, and ConnectionError without a network
+    except Exception as error:  # a hub data set raises what its parser or its host raises: said, and the run ends
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"the data set '{name}' can't be opened: {first}") from None
     splits = [s for s in ("test", "validation") if s in sets]

@@ -110,7 +110,7 @@ def read(source: str, *, config: str | None = None) -> DatasetDict:
         options = {"sep": "\t", "quoting": 3}  # GLUE's files use quotes as plain text
     try:
         return load_dataset(LOADERS[suffix], data_files=str(path), **options)
-    except Exception as error:  # a loader raises whatever its parser raises; the cause is what the user needs
+    except Exception as error:  # a loader raises whatever its parser raises: the cause is said, and the run ends
         cause = error.__cause__ or error
         raise ValueError(f"data file '{source}' can't be read as {LOADERS[suffix]}: {cause}") from None
 

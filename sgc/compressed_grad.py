@@ -182,6 +182,11 @@ class CompressedGradient(Tensor):
 
     def __init__(self, compressor: Compressor, slot: Slot, buffer: Buffer) -> None:
         self._compressor, self.slot, self.buffer = weakref.ref(compressor), slot, buffer
+        self.restart()
+
+    def restart(self) -> None:
+        """Be the gradient to which nothing has been added; the buffer is the caller's to clear."""
+        compressor, slot = self.compressor, self.slot
         factor = None if slot.sample_every else compressor.last_factor
         self.prescale = None if factor is None else factor.to(slot.param.device)  # multiplies what is added
         self.first = compressor.first(slot)  # the first entry held, where there is no sketch
@@ -200,9 +205,9 @@ class CompressedGradient(Tensor):
             raise RuntimeError("the optimizer of this compressed gradient is gone: set param.grad to None")
         return compressor
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # a builtin for a method
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self) -> str:  # type: ignore[override]  # torch's takes tensor_contents, which repr() never gives
         return f"CompressedGradient(shape={tuple(self.shape)}, held={self.slot.shapes[0]})"
 
     def sums(self) -> Sums:
@@ -255,7 +260,7 @@ class CompressedGradient(Tensor):
         return factor, agreement(sums) * factor.square()
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]  # the stub has no signature to agree with
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         handler = _HANDLERS.get(func)
@@ -303,7 +308,7 @@ def _divide(_: Any, gradient: CompressedGradient, divisor: Any) -> CompressedGra
 def _zero(_: Any, gradient: CompressedGradient) -> CompressedGradient:
     gradient.buffer.wait()
     gradient.slot.clear(gradient.buffer)
-    gradient.__init__(gradient.compressor, gradient.slot, gradient.buffer)  # type: ignore[misc]
+    gradient.restart()
     gradient.zeroed = True
     return gradient
 

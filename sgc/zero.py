@@ -145,7 +145,7 @@ def find_pieces(flat: Tensor, tensors: Sequence[Tensor | None]) -> tuple[list[Pi
         inside, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
         piece = Piece(numbers[id(tensor)], tuple(tensor.shape), whole.start, whole.start + whole.numel, inside.start)
         pieces.append(piece)
-        group = tensor._dp_group  # type: ignore[attr-defined]
+        group = tensor._dp_group  # type: ignore[attr-defined]  # DeepSpeed has put it there
     return None if group is None else (pieces, group)
 
 

@@ -110,7 +110,7 @@ def ask(
     while len(nodes := list(grid.get_node_ids())) < sellers:
         if time.monotonic() > end:
             raise RuntimeError(f"{sellers} sellers are needed, {len(nodes)} came in {timeout:.0f} s")
-        time.sleep(0.2)
+        time.sleep(0.2)  # a Grid has no call that waits for nodes
     content = RecordDict({"query": ConfigRecord({"file": query.to_bytes()})})
     replies = grid.send_and_receive([Message(content, node, MessageType.QUERY) for node in nodes], timeout=timeout)
     responses, refusals = [], {}

@@ -40,7 +40,8 @@ def digits() -> tuple[Batch, Batch]:
     raw = load_digits()
     pictures = torch.from_numpy(raw.images[:, None].astype(np.float32) / 16)
     labels, test = torch.from_numpy(raw.target).long(), torch.arange(len(raw.target)) % 5 == 0
-    return tuple({"pixel_values": pictures[of], "labels": labels[of]} for of in (~test, test))  # type: ignore[return-value]
+    train, held_out = ({"pixel_values": pictures[of], "labels": labels[of]} for of in (~test, test))
+    return train, held_out
 
 
 def links(scheme: str, snr_db: float, devices: int) -> tuple[Downlink, Uplink]:
