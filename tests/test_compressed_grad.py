@@ -417,9 +417,10 @@ def test_a_gradient_set_by_hand_is_compressed_at_the_step():
     assert torch.equal(*results)
 
 
-def test_more_can_be_added_after_clipping():
+@pytest.mark.parametrize("rule", ["residual", "subspace"])  # whitened, so that its length is lost at first; and not
+def test_more_can_be_added_after_clipping(rule):
     model = make_model()
-    optimizer = SGC(model.parameters(), **SKETCHED)
+    optimizer = SGC(model.parameters(), **SKETCHED, moments=rule)
     optimizer.attach(model)
     x = batches(1)[0]
     loss_of(model, x).backward()

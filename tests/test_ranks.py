@@ -103,15 +103,19 @@ def test_a_parameter_used_on_one_rank_is_updated_on_all_and_one_that_nobody_used
     processes.run(check_unused_expert)
 
 
-def first_norm(attach, same_data):
-    dist.barrier()
-    rank = dist.get_rank()
+def started(attach):
     torch.manual_seed(0)
     model = Routed()
     optimizer = SGC(model.parameters(), **SKETCHED)
     if attach:
         optimizer.attach(model)
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    return model, optimizer, ddp
+
+
+def first_norm(attach, same_data):
+    rank = dist.get_rank()
+    _, _, ddp = started(attach)
     x = torch.randn(256, 32, generator=torch.Generator().manual_seed(0 if same_data else rank))
     (ddp(x, 0) - x.flip(1)).square().mean().backward()
     return torch.nn.utils.clip_grad_norm_(ddp.parameters(), math.inf).item()
@@ -142,12 +146,7 @@ def test_ranks_send_sketches_and_the_statistic_and_nothing_else(processes):
 
 def skip_counts(attach):
     rank = dist.get_rank()
-    torch.manual_seed(0)
-    model = Routed()
-    optimizer = SGC(model.parameters(), **SKETCHED)
-    if attach:
-        optimizer.attach(model)
-    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    model, optimizer, ddp = started(attach)
     if rank == 1:
         model.first.weight.register_hook(lambda gradient: gradient * math.nan)
     before = weights(model), model.first.weight.detach().clone()
