@@ -424,11 +424,14 @@ def test_more_can_be_added_after_clipping(rule):
     optimizer.attach(model)
     x = batches(1)[0]
     loss_of(model, x).backward()
+    sketch = model[0].weight.grad.sums().p.clone()
     norm = torch.nn.utils.clip_grad_norm_([model[0].weight], 1e-2)
     assert norm > 1e-2
     assert_close(torch.linalg.vector_norm(model[0].weight.grad), torch.tensor(1e-2), 1e-3)
     (loss_of(model, x) * (1e-2 / norm)).backward()  # as much again
     assert_close(torch.linalg.vector_norm(model[0].weight.grad), torch.tensor(2e-2), 1e-3)
+    share = 1e-2 / norm if rule == "subspace" else 1
+    assert_close(model[0].weight.grad.sums().p, 2 * share * sketch, 0.05)
 
 
 def test_what_needs_the_gradient_itself_is_refused_with_a_sentence():
