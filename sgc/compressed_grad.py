@@ -608,7 +608,6 @@ class Compressor:
         self._take_back = weakref.finalize(self, _unignore, weakref.ref(model), ignored, before, params)
         self._order = _buckets(list(self.slots.values()))
 
-    @torch.compiler.disable
     def _before_forward(self) -> None:
         """Learn from DistributedDataParallel whether ranks sum after this micro-batch."""
         ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
@@ -701,11 +700,13 @@ class _BeforeForward:
 
     def __init__(self, compressor: Compressor | None = None) -> None:
         self._compressor = (lambda: None) if compressor is None else weakref.ref(compressor)
+        # decorating the method would have `import sgc` import the compiler, which takes seconds
+        self._run = None if compressor is None else torch.compiler.disable(Compressor._before_forward)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         owner = self._compressor()
-        if owner is not None:
-            owner._before_forward()
+        if owner is not None and self._run is not None:
+            self._run(owner)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _BeforeForward, ()
