@@ -37,8 +37,8 @@ def iid(dataset: Dataset, num_devices: int, *, seed: int = 0) -> list[Rows]:
 def biased(dataset: Dataset, num_devices: int, *, label: str = "labels", seed: int = 0) -> list[Rows]:
     """Give every device rows of exactly two classes.
 
-    Every class is cut into groups, and every device gets groups of two different classes. The number of groups of a
-    class follows its size (largest remainders), at most M.
+    Every class is cut into groups, and every device gets groups of two different classes, any two. The number of
+    groups of a class follows its size (largest remainders), at most M.
 
     Args:
         dataset: N rows.
@@ -60,12 +60,11 @@ def biased(dataset: Dataset, num_devices: int, *, label: str = "labels", seed: i
     groups = []
     for kind, count in zip(classes, _apportion(sizes, 2 * num_devices, most=num_devices), strict=True):
         groups += [(kind, rows) for rows in np.array_split(rng.permutation(np.flatnonzero(labels == kind)), count)]
-    first, second = groups[:num_devices], groups[num_devices:]  # runs of a class are at most M long: no pair is alike
-    for _ in range(20 * num_devices):
-        i, j = rng.integers(num_devices, size=2)
-        if first[i][0] != second[j][0] and first[j][0] != second[i][0]:
-            second[i], second[j] = second[j], second[i]
-    pairs = [np.concatenate([a[1], b[1]]) for a, b in zip(first, second, strict=True)]
+    for _ in range(40 * num_devices):  # groups i and i + M are a device's; runs of a class are at most M long
+        i, j = rng.integers(2 * num_devices, size=2)
+        if groups[i][0] != groups[j - num_devices][0] and groups[j][0] != groups[i - num_devices][0]:
+            groups[i], groups[j] = groups[j], groups[i]
+    pairs = [np.concatenate([groups[i][1], groups[i + num_devices][1]]) for i in range(num_devices)]
     return _checked([pairs[i] for i in rng.permutation(num_devices)])
 
 
