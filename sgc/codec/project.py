@@ -24,11 +24,11 @@ def mix(x: Word) -> Word:
     return x ^ (x >> 16)
 
 
-def sign_columns(columns: Tensor, sketch_size: int, seed: int) -> Tensor:
-    """Make columns of A: signs ±1/√k, the same bits on every rank, device, machine and release. (ours)
+def sign_words(columns: Tensor, sketch_size: int, seed: int) -> Tensor:
+    """Make the signs of columns of A as bits, the same on every rank, device, machine and release. (ours)
 
-    The sign of (column, row) is bit `row % 32` of hash(seed, column, 1 + row // 32), so a prefix of the rows or columns
-    of a larger A is the smaller A (rows up to the factor 1/√k), and a kernel can make it in registers.
+    The sign of (column, row) is bit `row % 32` of hash(seed, column, 1 + row // 32), set where it is positive. So a
+    prefix of the rows or columns of a larger A is the smaller A (rows up to the factor 1/√k).
 
     Args:
         columns: (m,) int64 column numbers, below 2³².
@@ -36,12 +36,19 @@ def sign_columns(columns: Tensor, sketch_size: int, seed: int) -> Tensor:
         seed: any non-negative integer below 2⁶⁴.
 
     Returns:
-        (m, k) fp32, one column of A in each row, each of unit norm.
+        (m, ⌈k/32⌉) int64 below 2³², bits beyond row k zero.
     """
     words = math.ceil(sketch_size / 32)
     column = mix(columns & _WORD ^ mix(seed & _WORD)) ^ mix(seed >> 32)
     word = torch.arange(1, words + 1, device=columns.device) * 0x9E3779B1 & _WORD  # from 1: the hash of 0 is 0
     bits = mix(mix(column)[:, None] ^ mix(word))
+    bits[:, -1] &= _WORD >> (-sketch_size % 32)
+    return bits
+
+
+def sign_columns(columns: Tensor, sketch_size: int, seed: int) -> Tensor:
+    """Make columns of A, signs ±1/√k, arguments as for `sign_words`: (m, k) fp32, a column of unit norm in each row."""
+    bits = sign_words(columns, sketch_size, seed)
     row = torch.arange(32, device=columns.device)
     signs = ((bits[:, :, None] >> row) & 1).view(len(columns), -1)[:, :sketch_size]
     return (signs.float() * 2 - 1) * (1 / math.sqrt(sketch_size))  # a quotient is rounded differently on a GPU
@@ -58,6 +65,7 @@ class Projection:
     def __init__(self, sketch_size: int, seed: int) -> None:
         self.sketch_size, self.seed = sketch_size, seed
         self._held: dict[torch.device, Tensor] = {}
+        self._words: dict[torch.device, Tensor] = {}
 
     def holds(self, n: int) -> bool:
         """Whether A[:, :n] is small enough to be held."""
@@ -79,6 +87,14 @@ class Projection:
         for start in range(0, n, step):
             block = torch.arange(start, min(start + step, n), device=device)
             yield start, sign_columns(block, self.sketch_size, self.seed)
+
+    def words(self, n: int, device: torch.device) -> Tensor:
+        """Give the signs of A[:, :n] as bits, made once and held: (⌈k/32⌉, at least n) int32, as `sign_words`."""
+        held = self._words.get(device)
+        if held is None or held.shape[1] < n:
+            bits = sign_words(torch.arange(n, device=device), self.sketch_size, self.seed)
+            held = self._words[device] = bits.to(torch.int32).T.contiguous()
+        return held
 
     def gather(self, index: Tensor, n: int) -> Tensor:
         """Give the columns of A at `index` (c, s) as (c, s, k)."""
@@ -119,7 +135,8 @@ class Projection:
 
     def bytes(self) -> int:
         """Bytes of A really held, over all devices."""
-        return sum(held.numel() * held.element_size() for held in self._held.values())
+        held = (*self._held.values(), *self._words.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def check_projection(n: int, sketch_size: int) -> None:

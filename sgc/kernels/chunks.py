@@ -1,0 +1,150 @@
+"""What the kernels of the sketch path share: where a chunk's entries lie, the top entries of a tile, signs from bits.
+
+A tile is (C, N): C chunks, N the power of two that holds their n entries. A is held as sign bits, 32 rows to a word,
+(⌈k/32⌉, n): 1/32 of the fp32 matrix, so that it stays in the L1 cache next to a kernel's tiles at every k and n in use
+(4 KiB at n = 1024, k = 32); making a word costs two instructions for a load and a dozen for the hash, and unpacking it
+is the same for both. The hash itself stays in one place, `sgc.codec.project.sign_columns`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+from sgc.codec.layout import Layout
+
+TAKEN = tl.constexpr(-3)  # key of an entry that has been taken
+OUTSIDE = tl.constexpr(-2)  # key of an entry beyond n
+PADDING = tl.constexpr(-1)  # key of an entry of the chunk that is not the tensor's
+NO_TAG = tl.constexpr(1 << 30)
+
+
+def power_of_two(n: int) -> int:
+    """Give the least power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def group_length(n: int, slots: int) -> int:
+    """Give the length L of groups of n entries, `slots` groups or more: n/L + slots·L, what is searched, is least."""
+    lengths = [1 << power for power in range(6) if n >> power >= slots]
+    return min(lengths, key=lambda length: n // length + slots * length)
+
+
+def shape_of(layout: Layout) -> dict[str, int | bool]:
+    """Give what a kernel is compiled for: how many layouts a model has, so many versions of it."""
+    return {
+        "N": layout.chunk,
+        "COLS": layout.cols,
+        "PIECES": layout.pieces,
+        "ROWS": layout.rows_per_chunk,
+        "PADDED": layout.padded,
+    }
+
+
+def root_of(sketch_size: int) -> float:
+    """Give 1/√k, the size of the entries of A."""
+    return 1 / math.sqrt(sketch_size)
+
+
+@triton.jit
+def start_of(chunk, N: tl.constexpr, COLS: tl.constexpr, PIECES: tl.constexpr):
+    """Position of a chunk's first entry in the flattened tensor, int64 as `chunk` is."""
+    if PIECES > 1:
+        return chunk // PIECES * COLS + chunk % PIECES * N
+    else:
+        return chunk * N
+
+
+@triton.jit
+def is_real(
+    chunk, entry, chunks, numel, N: tl.constexpr, COLS: tl.constexpr, PIECES: tl.constexpr, PADDED: tl.constexpr
+):
+    """Whether entries of chunks, shapes that broadcast, are the tensor's."""
+    real = (chunk < chunks) & (entry < N)
+    if PADDED:
+        if PIECES > 1:
+            real &= chunk % PIECES * N + entry < COLS
+        else:
+            real &= chunk * N + entry < numel
+    return real
+
+
+@triton.jit
+def take_top(key, tag, COUNT: tl.constexpr, SLOTS: tl.constexpr):
+    """The COUNT largest keys of each row of (C, W), of equal keys those of the lowest tag; no two tags are equal.
+
+    COUNT rounds, each of six operations for every element: the maximum, the least tag among those that equal it, its
+    removal.
+
+    Returns keys and tags (C, SLOTS), the tag −1 in slots beyond COUNT.
+    """
+    slot = tl.arange(0, SLOTS)[None, :]
+    best = tl.zeros((key.shape[0], SLOTS), tl.int32)
+    found = best - 1
+    for number in range(COUNT):
+        largest = tl.max(key, 1)
+        first = tl.min(tl.where(key == largest[:, None], tag, NO_TAG), 1)
+        best = tl.where(slot == number, largest[:, None], best)
+        found = tl.where(slot == number, first[:, None], found)
+        key = tl.where(tag == first[:, None], TAKEN, key)
+    return best, found
+
+
+@triton.jit
+def candidates_of(key, COUNT: tl.constexpr, SLOTS: tl.constexpr, LENGTH: tl.constexpr):
+    """Entries (C, SLOTS·LENGTH) among which are the COUNT largest of (C, N): those of the groups of largest maxima.
+
+    An entry outside the COUNT groups whose best entries come first has those COUNT entries before it. Groups are ranges
+    of entries, so of two groups with equal maxima the lower one holds the lower entry. An entry of −1 stands for none.
+    """
+    GROUPS: tl.constexpr = key.shape[1] // LENGTH
+    best = tl.max(tl.reshape(key, (key.shape[0], GROUPS, LENGTH)), 2)
+    group = tl.zeros((key.shape[0], GROUPS), tl.int32) + tl.arange(0, GROUPS)[None, :]
+    _, chosen = take_top(best, group, COUNT, SLOTS)
+    entry = tl.where(chosen < 0, -1, chosen * LENGTH)[:, :, None] + tl.arange(0, LENGTH)[None, None, :]
+    entry = tl.where(chosen[:, :, None] < 0, -1, entry)
+    return tl.reshape(entry, (key.shape[0], SLOTS * LENGTH))
+
+
+@triton.jit
+def magnitude(x):
+    """A key that orders as |x| does: the bits of a float ≥ 0."""
+    return tl.abs(x).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def tag_of(entry, x):
+    """An entry and the sign of its value in one number that orders as the entry does."""
+    return entry * 2 + (x < 0).to(tl.int32)
+
+
+@triton.jit
+def signed(key, tag):
+    """The value whose magnitude and tag these are."""
+    x = key.to(tl.float32, bitcast=True)
+    return tl.where(tag & 1 == 1, -x, x)
+
+
+@triton.jit
+def project_word(words, number, entry, value, held, N: tl.constexpr):
+    """Rows 32·number to 32·number + 31 of Σ sign·value (C, 32), over the entries (C, SLOTS) below N.
+
+    Args: words (⌈k/32⌉, held) int32; value (C, SLOTS), times 1/√k.
+    """
+    inside = (entry >= 0) & (entry < N)
+    word = tl.load(words + number * held + entry, mask=inside, other=0)
+    bit = (word[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    term = tl.where(inside, value, 0.0)[:, :, None]
+    return tl.sum(tl.where(bit == 1, term, -term), 1)
+
+
+@triton.jit
+def popcount(x):
+    """Set bits of int32 words, in the form that LLVM turns into one instruction."""
+    x = x.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)

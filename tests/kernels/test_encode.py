@@ -1,0 +1,161 @@
+"""The kernel of encode beside its twins in plain torch."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from sgc import moments, step
+from sgc.codec.layout import make_layout
+from sgc.codec.project import Projection
+from sgc.kernels import encode as kernel
+from tests.tolerances import SUM
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = {
+    "one chunk a row": (9, 64),
+    "several chunks a row": (5, 192),
+    "padded rows": (5, 77),
+    "short rows share a chunk": (40, 6),
+    "short rows, ragged last chunk": (41, 6),
+    "vector": (256,),
+    "vector, ragged": (250,),
+    "one row": (1, 130),
+    "experts": (3, 5, 64),
+}
+
+
+def gradient_of(shape, dtype, seed, device, levels=None):
+    """Heavy-tailed, or with few `levels`, so that many tie; the second row and the last one are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    g = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).exp()
+    if levels:
+        g = torch.randint(-levels, levels + 1, shape, generator=generator) / 7
+    if g.dim() > 1 and len(g) > 3:
+        g[1] = g[-1] = 0
+    return g.to(device=device, dtype=dtype)
+
+
+def whitening_of(grid, layout, seed=0):
+    state = {"row": torch.zeros(layout.rows, device=grid.device), "col": torch.zeros(layout.cols, device=grid.device)}
+    return step.whiten_by(state, *step.mean_squares(grid, layout), beta2=0.99, t=1)
+
+
+def check(shape, dtype, chunk_size, sketch_size, sparsity, device, whiten=True, levels=None, seed=0, eps=1e-3):
+    """Compare choices, values and sketches; whether there was anything to compare."""
+    layout, projection = make_layout(shape, chunk_size), Projection(sketch_size, seed=5)
+    grid = layout.grid(gradient_of(shape, dtype, seed, device, levels))
+    if kernel.obstacle(layout, dtype, sparsity, projection) is not None:
+        return False
+    whitening = whitening_of(grid, layout) if whiten and grid.any() else None
+    expected = step.select(grid, layout, whitening, sparsity, eps)
+    index, value = kernel.select(grid, layout, whitening, sparsity, eps)
+    assert torch.equal(index, expected[0])
+    assert torch.equal(value, expected[1])
+
+    group = {"moments": "sketched", "sparsity": sparsity, "eps": eps}
+    p, q = step.encode(grid, layout, whitening, projection, group)
+    got_p, got_q = kernel.encode(grid, layout, whitening, projection, sparsity, eps, squares=True)
+    assert_close(got_p, p, expected[1])
+    assert_close(got_q, q, expected[1].square())
+    return True
+
+
+def assert_close(got, expected, value):
+    """Two orders of the sum of s products v/√k."""
+    size = value.abs().amax(1, keepdim=True)
+    assert ((got - expected).abs() <= SUM * size).all(), ((got - expected).abs() / size).nan_to_num().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("whiten", [False, True])
+def test_agrees_with_torch_on_every_shape_and_dtype(shape, dtype, whiten, device):
+    assert check(shape, dtype, 64, 24, 5, device, whiten)
+
+
+@pytest.mark.parametrize("sparsity", [1, 2, 3, 8, 31])
+@pytest.mark.parametrize("chunk_size", [48, 128])
+def test_agrees_with_torch_where_entries_tie(chunk_size, sparsity, device):
+    for levels in (1, 3):
+        for whiten in (False, True):
+            assert check((6, 192), torch.bfloat16, chunk_size, 33, sparsity, device, whiten, levels)
+
+
+@settings(max_examples=25)
+@given(
+    rows=st.integers(1, 12),
+    cols=st.integers(1, 90),
+    chunk_size=st.integers(8, 80),
+    sketch_size=st.integers(1, 70),
+    sparsity=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+    whiten=st.booleans(),
+    levels=st.sampled_from([None, 1, 4]),
+    seed=st.integers(0, 99),
+)
+def test_agrees_with_torch_on_any_size(
+    rows, cols, chunk_size, sketch_size, sparsity, dtype, whiten, levels, seed, device
+):
+    check((rows, cols), dtype, chunk_size, sketch_size, sparsity, device, whiten, levels, seed)
+
+
+@pytest.mark.parametrize(("chunk_size", "sketch_size", "sparsity"), [(256, 32, 4), (1024, 128, 16), (4096, 32, 4)])
+def test_agrees_with_torch_at_the_sizes_in_use(chunk_size, sketch_size, sparsity, device, real_sizes):
+    rows = 3000 if real_sizes else 3
+    assert check((rows, 4096), torch.bfloat16, chunk_size, sketch_size, sparsity, device)
+
+
+@pytest.mark.parametrize("rule", ["residual", "ema"])
+def test_moves_the_moment_in_the_same_pass(rule, device):
+    layout, projection = make_layout((9, 96), 48), Projection(20, seed=1)
+    grid = gradient_of((9, 96), torch.float32, 0, device)
+    whitening = whitening_of(grid, layout)
+    p, _ = step.encode(grid, layout, whitening, projection, {"moments": "residual", "sparsity": 4, "eps": 1e-8})
+    moment = torch.randn(p.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    expected = moment.clone()
+    if rule == "residual":
+        moments.residual(expected, p, 0.9)
+    else:
+        moments.ema(expected, p, 0.9)
+    got, _ = kernel.encode(grid, layout, whitening, projection, 4, 1e-8, into=kernel.Into(moment, rule, 0.9))
+    assert got.data_ptr() == moment.data_ptr()
+    assert (got - expected).abs().max() <= SUM * expected.abs().max()
+
+
+def test_writes_nothing_beyond_its_chunks(device):
+    layout, projection = make_layout((5, 77), 32), Projection(20, seed=1)
+    grid = gradient_of((5, 77), torch.float32, 0, device)
+    held = torch.full((layout.chunks + 64, 20), torch.nan, device=device)
+    into = kernel.Into(held[: layout.chunks].zero_(), "residual", 1.0)
+    kernel.encode(grid, layout, None, projection, 4, 1e-8, into=into)
+    assert held[: layout.chunks].isfinite().all()
+    assert held[layout.chunks :].isnan().all()
+
+
+def test_bits_of_the_matrix_are_its_signs(device):
+    for sketch_size in (1, 20, 32, 45, 128):
+        projection = Projection(sketch_size, seed=7)
+        words = projection.words(40, device)
+        row = torch.arange(sketch_size, device=device)
+        bits = (words[row // 32] >> (row % 32)[:, None]) & 1
+        assert torch.equal(bits.T == 1, projection.columns(words.shape[1], device) > 0)
+        assert projection.words(9, device) is words
+        assert projection.words(41, device).shape[1] >= 41
+
+
+@pytest.mark.parametrize(
+    ("dtype", "chunk_size", "sketch_size", "sparsity", "reason"),
+    [
+        (torch.float64, 64, 24, 4, "float64"),
+        (torch.float32, 8192, 24, 4, "8192 entries"),
+        (torch.float32, 64, 64, 4, "sketch_size=64"),
+        (torch.float32, 64, 24, 64, "sparsity=64"),
+        (torch.float32, 512, 24, 65, "sparsity=65"),
+    ],
+)
+def test_says_what_it_can_not_do(dtype, chunk_size, sketch_size, sparsity, reason):
+    layout = make_layout((16, 8192), chunk_size)
+    assert reason in kernel.obstacle(layout, dtype, sparsity, Projection(sketch_size, 0))
