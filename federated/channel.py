@@ -26,6 +26,7 @@ from typing_extensions import Self
 from federated.draws import Draws
 
 FADING = ("block", "iid", "none")
+MOST_DB = 300.0  # beyond, fp32 holds no signal beside the noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,12 @@ class Channel:
         Args:
             snr_db: 10·log10(P·σ_h²/(F·σ²)), `inf` for no noise.
             arguments: all but noise_variance.
+
+        Raises:
+            ValueError: an SNR that no channel has.
         """
+        if not (abs(snr_db) <= MOST_DB or snr_db == math.inf):
+            raise ValueError(f"snr_db must be in [-{MOST_DB:.0f}, {MOST_DB:.0f}], or inf for no noise, got {snr_db}")
         channel = cls(noise_variance=0.0, **arguments)
         mean_power = channel.power * channel.mean_gain / channel.subchannels
         return replace(channel, noise_variance=mean_power / 10 ** (snr_db / 10))

@@ -1,15 +1,17 @@
 """What devices do: τ local steps from θ̂_m on their own data, all devices of a block in one batched call.
 
 `updates_in_a_loop` is the plain form, one device after the other with torch's own autograd and optimizer: the oracle of
-the batched one, its fallback, and what a device on a machine of its own runs.
+the others, and what a device on a machine of its own runs. `updates_in_threads` runs that loop on every core.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,15 +55,19 @@ class Flat:
         """Lay out the parameters that require a gradient.
 
         Raises:
-            ValueError: there are none, or normalization that keeps statistics of its batches.
+            ValueError: there are none, one that is not fp32 on the CPU, or normalization that keeps statistics of its
+                batches.
         """
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
                 raise ValueError(f"normalization must not keep statistics of its batches on devices, {name} does")
-        named = [(name, p.shape) for name, p in model.named_parameters() if p.requires_grad]
-        if not named:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trained:
             raise ValueError("the model has no parameter that requires a gradient")
-        return cls(tuple(name for name, _ in named), tuple(shape for _, shape in named))
+        for name, p in trained.items():
+            if p.dtype != torch.float32 or p.device.type != "cpu":
+                raise ValueError(f"trained parameters must be fp32 on the CPU, {name} is {p.dtype} on {p.device}")
+        return cls(tuple(trained), tuple(p.shape for p in trained.values()))
 
     @property
     def size(self) -> int:
@@ -102,8 +108,8 @@ class LocalTraining:
         steps: τ.
         batch_size: samples of a step, drawn without replacement as far as a device's data reach; None: all of them.
         optimizer: makes an optimizer of some tensors, such as `partial(torch.optim.SGD, lr=0.1)`.
-        batched: all devices of a block in one `torch.func` call; False: one after the other; None: batched unless the
-            model has convolutions and computes on a CPU, where the grouped form of a batched convolution is slower.
+        batched: all devices of a block in one `torch.func` call; False: each on its own, as many at a time as torch has
+            threads; None: batched unless the model has convolutions, whose batched form is a grouped one and slower.
 
     Raises:
         ValueError: a number below 1, or a model that can't be trained so.
@@ -149,7 +155,7 @@ class LocalTraining:
             Δ (B, d), and each device's loss (B,), the mean over its steps before each was made.
         """
         self.model.eval()
-        train = updates_in_one_call if self.in_one_call else updates_in_a_loop
+        train = updates_in_one_call if self.in_one_call else updates_in_threads
         return train(self, theta_hat, batches)
 
 
@@ -199,22 +205,31 @@ def draw_batches(
         batch_size: b, or None for all rows of a device in every step.
         devices: their numbers, which with `draws` decide the order.
         draws: of this round.
+
+    Raises:
+        ValueError: labels that can't be ignored, of a device with fewer rows than a batch.
     """
     width = max(len(part) for part in parts) if batch_size is None else batch_size
     index = torch.empty(len(parts), steps, width, dtype=torch.int64)
-    real = torch.ones(len(parts), steps, width, dtype=torch.bool)
-    for row, (part, device) in enumerate(zip(parts, devices, strict=True)):
-        own = min(width, len(part))
+    sizes = torch.tensor([min(width, len(part)) for part in parts])
+    for row, (part, device, own) in enumerate(zip(parts, devices, sizes.tolist(), strict=True)):
         if batch_size is None:
             order = part.expand(steps, -1)
         else:
             generator = draws.generator("batches", device)
             passes = math.ceil(steps * own / len(part))
-            shuffled = torch.cat([torch.randperm(len(part), generator=generator) for _ in range(passes)])
-            order = part[shuffled[: steps * own]].view(steps, own)
-        index[row, :, :own], index[row, :, own:] = order, part[0]
-        real[row, :, own:] = False
-    return Batches(data, index, None if bool(real.all()) else real)
+            shuffled = [torch.randperm(len(part), generator=generator) for _ in range(passes)]
+            first = shuffled[0] if passes == 1 else torch.cat(shuffled)
+            order = part.index_select(0, first[: steps * own]).view(steps, own)
+        index[row, :, :own] = order
+        if own < width:
+            index[row, :, own:] = part[0]
+    if int(sizes.min()) == width:
+        return Batches(data, index, None)
+    if data["labels"].is_floating_point():
+        raise ValueError(f"with labels of numbers every device needs a batch's {width} rows, one has {sizes.min()}")
+    real = (torch.arange(width) < sizes[:, None, None]).expand(-1, steps, -1)
+    return Batches(data, index, real)
 
 
 def updates_in_one_call(training: LocalTraining, theta_hat: Tensor, batches: Batches) -> tuple[Tensor, Tensor]:
@@ -275,6 +290,28 @@ def updates_in_a_loop(training: LocalTraining, theta_hat: Tensor, batches: Batch
     for parameter in trained:
         parameter.grad = None
     return update, losses
+
+
+def updates_in_threads(training: LocalTraining, theta_hat: Tensor, batches: Batches) -> tuple[Tensor, Tensor]:
+    """Train a block of devices in a loop on every core, with a copy of the model on each; see `LocalTraining.updates`.
+
+    A device's arithmetic is always that of one thread, so the numbers are the same on any number of them.
+    """
+    threads = torch.get_num_threads()
+
+    def train(block: Tensor) -> tuple[Tensor, Tensor]:
+        first, last = int(block[0]), int(block[-1]) + 1
+        real = None if batches.real is None else batches.real[first:last]
+        own = replace(training, model=copy.deepcopy(training.model))
+        return updates_in_a_loop(own, theta_hat[first:last], Batches(batches.data, batches.index[first:last], real))
+
+    blocks = torch.arange(len(theta_hat)).tensor_split(min(threads, len(theta_hat)))
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            updates, losses = zip(*pool.map(train, blocks), strict=True)
+    finally:
+        torch.set_num_threads(threads)  # what a thread sets is the process's
+    return torch.cat(updates), torch.cat(losses)
 
 
 def saved_bytes(training: LocalTraining, batches: Batches) -> int:

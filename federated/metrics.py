@@ -83,7 +83,7 @@ class Tally:
         self.row.dropped += int((~finite & ~missed).sum())
         sent = finite & ~missed
         self.row.participants += int(sent.sum())
-        self.sum += samples[sent] @ update[sent]
+        self.sum += samples @ update if bool(sent.all()) else samples[sent] @ update[sent]
         self.weight += float(samples[sent].double().sum())
         self.loss += float(loss[sent].double().sum())
 
@@ -98,6 +98,13 @@ class Tally:
             row.nmse_down = self.error_down / self.served / energy
         if estimate is not None:
             row.nmse_up = nmse(estimate, self.sum / self.weight)
+
+    def unheard(self) -> Row:
+        """Note that θ stays as it was since no update was heard, and what became of them."""
+        row = self.row
+        fates = {"late": row.late, "not finite": row.dropped, "silent": row.silent_up}
+        known = ", ".join(f"{count} {fate}" for fate, count in fates.items() if count)
+        return self.skipped(f"no update reached the server: of {self.served} devices {known}")
 
     def skipped(self, why: str) -> Row:
         """Note that θ stays as it was."""

@@ -73,13 +73,12 @@ def play(world: World, number: int) -> Row:
         batches = world.training.batches(world.data, world.parts, devices.tolist(), draws)
         update, loss = world.training.updates(theta_hat, batches)  # Δ_m = θ_m^(τ) − θ̂_m
         finite, missed = update.isfinite().all(1), late(devices, world.late, draws)
-        on_time = finite & ~missed
         tally.devices(theta_hat, update, loss, world.samples[devices], finite, missed)
-        up.send(devices[on_time], update[on_time], world.samples[devices[on_time]])
+        up.send(devices, update, world.samples[devices], finite & ~missed)
 
     estimate = up.receive()  # ≈ Σ_m (B_m/B)·Δ_m
     tally.uplink(up.traffic, estimate)
     if estimate is None:
-        return tally.skipped("no update reached the server")
+        return tally.unheard()
     world.server.step(estimate)  # θ ← θ + Σ_m (B_m/B)·Δ_m
     return tally.row

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from federated.channel import Channel
 from federated.device import LocalTraining, saved_bytes
 from federated.downlink import Downlink, IdealDownlink, Memory
 from federated.draws import Draws
@@ -25,8 +29,10 @@ from federated.metrics import Row, evaluate
 from federated.round import World, play
 from federated.server import Server
 from federated.uplink import IdealUplink, Uplink
+from sgc.codec import Codec
 
 MOST_AT_ONCE = 256  # devices in one batched call at most: more gain nothing
+_SETTINGS = (bool, int, float, str, Channel, Downlink, Uplink, Codec)
 _VECTORS_AT_ONCE = 8  # vectors of d numbers that a device in a block needs: θ̂, θ, Δ, gradients, gains, symbols
 
 
@@ -150,7 +156,7 @@ class Simulation:
             if self.number == 1:
                 self._clear(self.output_dir)
             with open(self.output_dir / "rows.jsonl", "a") as file:
-                file.write(json.dumps(content) + "\n")
+                file.write(line_of(content))
             if self.checkpoint_every and self.number % self.checkpoint_every == 0:
                 self.save()
         return content
@@ -200,6 +206,9 @@ class Simulation:
                 os.fsync(file.fileno())
         fresh.chmod(0o755)
         fresh.rename(target)
+        folder = os.open(self.output_dir, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
         for old in _checkpoints(self.output_dir)[:-1]:
             shutil.rmtree(old)
         for left in self.output_dir.glob(".checkpoint-*"):  # of a run that was killed
@@ -213,7 +222,8 @@ class Simulation:
             The number of the round it was made after; 0 where there is none.
 
         Raises:
-            ValueError: the checkpoint is of another model, other links or another number of devices.
+            ValueError: the checkpoint is of another run: model size, devices and their rows, local training, links,
+                server or seed differ.
         """
         if self.output_dir is None:
             raise RuntimeError("to resume needs an output_dir, got None")
@@ -225,8 +235,8 @@ class Simulation:
             if differing:
                 name = differing[0]
                 raise ValueError(
-                    f"the checkpoint {found[-1]} is of another run: {name} was {state['describes'].get(name)!r}, "
-                    f"now {self._describe()[name]!r}"
+                    f"the checkpoint {found[-1]} is of another run: {name} was {state['describes'].get(name)}, "
+                    f"now {self._describe()[name]}"
                 )
             self.skipped_in_a_row = state["skipped_in_a_row"]
             self.world.server.load_state(state["server"])
@@ -240,16 +250,26 @@ class Simulation:
         return self.number
 
     def _describe(self) -> dict[str, Any]:
+        """Name all that decides what the next round does."""
         world = self.world
+        rows = hashlib.sha256()
+        for part in world.parts:
+            rows.update(len(part).to_bytes(8, "little") + part.long().numpy().tobytes())
         return {
             "num_devices": len(world.parts),
             "size": world.training.flat.size,
             "steps": world.training.steps,
             "batch_size": world.training.batch_size,
-            "downlink": type(world.downlink).__name__,
-            "uplink": type(world.uplink).__name__,
+            "optimizer": described(world.training.optimizer),
+            "downlink": described(world.downlink),
+            "uplink": described(world.uplink),
+            "server_lr": world.server.lr,
+            "server_momentum": world.server.momentum,
+            "asked": world.asked,
+            "late": world.late,
             "seed": world.draws.path[0],
             "devices_at_once": world.devices_at_once,
+            "rows of the devices": rows.hexdigest()[:16],
         }
 
     # ------------------------------------------------------------------------------------------ memory
@@ -302,6 +322,24 @@ def tensors_of(dataset: Any, columns: Sequence[str]) -> dict[str, Tensor]:
     return out
 
 
+def line_of(row: Mapping[str, Any]) -> str:
+    """Write a row as a line of JSON, which has no word for what is not finite: null."""
+    held = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(held, allow_nan=False) + "\n"
+
+
+def described(thing: Any) -> str:
+    """Name a link, or what makes an optimizer, with the settings that it was made with."""
+    if isinstance(thing, functools.partial):
+        settings = [described(each) for each in thing.args]
+        settings += [f"{name}={described(value)}" for name, value in thing.keywords.items()]
+        return f"{described(thing.func)}({', '.join(settings)})"
+    if isinstance(thing, Downlink | Uplink | Codec):
+        held = {name: value for name, value in vars(thing).items() if isinstance(value, _SETTINGS)}
+        return f"{type(thing).__name__}({', '.join(f'{name}={described(value)}' for name, value in held.items())})"
+    return repr(thing) if isinstance(thing, _SETTINGS) else getattr(thing, "__qualname__", type(thing).__qualname__)
+
+
 def _map(path: Path, shape: torch.Size, *, write: bool) -> Tensor:
     return torch.from_file(str(path), shared=write, size=shape.numel(), dtype=torch.float32).view(shape)
 
@@ -332,6 +370,9 @@ def _check(
     if "labels" not in data:
         raise ValueError(f"the data need a column 'labels', got {', '.join(data)}")
     rows = len(data["labels"])
+    for name, column in data.items():
+        if len(column) != rows:
+            raise ValueError(f"columns must be of one length, labels has {rows} rows and {name} {len(column)}")
     if not parts:
         raise ValueError("at least one device is needed, got none")
     for device, part in enumerate(parts):

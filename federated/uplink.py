@@ -67,18 +67,23 @@ class Superposition(abc.ABC):
         self.weight, self.senders = 0.0, 0
         self.traffic = Traffic()
 
-    def send(self, devices: Tensor, update: Tensor, weight: Tensor) -> None:
+    def send(self, devices: Tensor, update: Tensor, weight: Tensor, on_time: Tensor | None = None) -> None:
         """Let some devices encode and send their updates.
 
         Args:
-            devices: (B,) int64.
-            update: Δ (B, d) fp32, finite.
+            devices: (B,) int64, each with its share of the link.
+            update: Δ (B, d) fp32, finite where it is sent.
             weight: B_m (B,), any positive scale.
+            on_time: (B,) bool, those that send; None: all. The others' shares stay unused.
         """
+        budget = self.budget(devices)
+        if on_time is not None and not on_time.all():
+            budget = [bits for bits, sends in zip(budget, on_time.tolist(), strict=True) if sends]
+            devices, update, weight = devices[on_time], update[on_time], weight[on_time]
         if not len(devices):
             return
         held = None if self.memory is None else self.memory[devices]
-        encoded = self.uplink.encode(devices, update, held, self.budget(devices), self.draws)
+        encoded = self.uplink.encode(devices, update, held, budget, self.draws)
         if self.memory is not None and encoded.held is not None:
             self.memory[devices] = encoded.held
         self.hear(devices, encoded, weight)
@@ -92,7 +97,10 @@ class Superposition(abc.ABC):
         if able.any():
             self.weight += float(weight[able].double().sum())
             self.senders += int(able.sum())
-            self.add(devices[able], encoded.payload[able], weight[able])
+            if able.all():
+                self.add(devices, encoded.payload, weight)
+            else:
+                self.add(devices[able], encoded.payload[able], weight[able])
 
     def budget(self, devices: Tensor) -> list[float]:
         """Give the bits that each device's link holds."""
@@ -264,7 +272,7 @@ class AnalogUplink(Uplink):
     """
 
     def __init__(self, channel: MultipleAccess, threshold: float = 0.0) -> None:
-        if threshold < 0:
+        if not threshold >= 0:
             raise ValueError(f"threshold must not be negative, got {threshold}")
         if channel.antennas != 1:
             raise ValueError(f"channel inversion is for antennas=1, got {channel.antennas}")

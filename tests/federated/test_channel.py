@@ -99,6 +99,12 @@ def test_a_channel_that_cannot_be_is_refused(arguments, sentence):
         MultipleAccess(**arguments)
 
 
+@pytest.mark.parametrize("snr_db", [-math.inf, math.nan, 4000.0, -4000.0])
+def test_an_snr_that_no_channel_has_is_refused(snr_db):
+    with pytest.raises(ValueError, match=r"snr_db must be in \[-300, 300\], or inf for no noise, got"):
+        Channel.from_snr(snr_db)
+
+
 def test_more_than_the_budget_is_refused_with_both_numbers():
     with pytest.raises(
         ValueError, match="1000 uncoded numbers need 50 OFDM symbols of 10 subchannels.*ofdm_symbols=49"

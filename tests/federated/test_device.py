@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from federated.device import IGNORED, Flat, draw_batches, saved_bytes, updates_in_a_loop, updates_in_one_call
+from federated.device import (
+    IGNORED,
+    Flat,
+    draw_batches,
+    saved_bytes,
+    updates_in_a_loop,
+    updates_in_one_call,
+    updates_in_threads,
+)
 from federated.draws import Draws
 from sgc import SGC
 from tests.federated.small import SGD, M, small_data, small_model, small_parts, training
@@ -62,6 +70,25 @@ def test_convolutions_are_looped_over_on_a_cpu_and_all_else_is_batched():
     assert not training(small_model("cnn")).in_one_call
     assert training(small_model("softmax")).in_one_call
     assert training(small_model("cnn"), batched=True).in_one_call
+
+
+@pytest.mark.parametrize("threads", [1, 2, 9])
+def test_the_loop_gives_the_same_numbers_on_any_number_of_cores(threads):
+    train = training(small_model("cnn"), batch_size=12)
+    theta_hat, batches = block(train)
+    before, start = torch.get_num_threads(), train.flat.read(train.model)
+    try:
+        torch.set_num_threads(1)
+        expected = updates_in_a_loop(train, theta_hat, batches)
+        train.flat.write(start, train.model)
+        torch.set_num_threads(threads)
+        found = updates_in_threads(train, theta_hat, batches)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert batches.real is not None  # padding goes along
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(train.flat.read(train.model), start)
 
 
 def test_batches_are_the_devices_own_rows_each_once_per_pass():
@@ -129,6 +156,12 @@ def test_more_samples_keep_more_for_the_backward_pass():
             "statistics of its batches on devices, 1 does",
         ),
         (lambda: training(nn.ReLU()), "no parameter that requires a gradient"),
+        (lambda: training(nn.Linear(2, 2).bfloat16()), "must be fp32 on the CPU, weight is torch.bfloat16 on cpu"),
+        (lambda: training(nn.Linear(2, 2, device="meta")), "must be fp32 on the CPU, weight is torch.float32 on meta"),
+        (
+            lambda: draw_batches({"labels": torch.zeros(120)}, PARTS, 1, 16, range(M), DRAWS),
+            "every device needs a batch's 16 rows, one has 10",
+        ),
     ],
 )
 def test_training_that_cannot_be_is_refused(make, sentence):

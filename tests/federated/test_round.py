@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -124,7 +126,11 @@ def test_all_devices_failing_is_a_skipped_round():
     here = world(data=dict(DATA, pixel_values=DATA["pixel_values"] * torch.nan))
     theta = here.server.theta.clone()
     row = play(here, 1)
-    assert (row.dropped, row.participants, row.skipped) == (M, 0, "no update reached the server")
+    assert (row.dropped, row.participants, row.skipped) == (
+        M,
+        0,
+        "no update reached the server: of 5 devices 5 not finite",
+    )
     assert torch.equal(here.server.theta, theta)
 
 
@@ -133,6 +139,23 @@ def test_late_devices_are_counted_and_left_out():
     rows = [play(here, number) for number in range(1, 9)]
     assert all(row.late + row.participants == M for row in rows)
     assert 0 < sum(row.late for row in rows) < 8 * M
+
+
+def test_a_late_device_leaves_its_share_of_the_link_unused():
+    """Shares are dealt before anybody is late: with 42 symbols the first two of five devices have one more."""
+    channel = Channel.from_snr(25.0, subchannels=8, ofdm_symbols=42, fading="none")
+    here = world(late=0.5, uplink=QuantizedUplink(channel=channel))
+    asked = []
+    encode = here.uplink.encode
+    here.uplink.encode = lambda devices, update, held, budget, draws: (
+        asked.append((devices.tolist(), budget)) or encode(devices, update, held, budget, draws)
+    )
+    row = play(here, 1)
+    symbol = float(channel.capacity(channel.gains([0], 1, Draws((0,))), 1))
+    ((devices, budget),) = asked
+    assert 0 < row.late < M
+    assert not {0, 1} <= set(devices)  # so that shares dealt to those on time alone would differ
+    assert budget == [math.floor(symbol * (9 if m < 2 else 8)) for m in devices]
 
 
 def test_only_asked_devices_take_part():
@@ -154,4 +177,4 @@ def test_a_downlink_that_serves_nobody_skips_the_round():
 
 def test_a_threshold_at_which_nobody_transmits_skips_the_round():
     row = play(world(uplink=AnalogUplink(MultipleAccess(), 50.0)), 1)
-    assert (row.skipped, row.silent_up) == ("no update reached the server", M)
+    assert (row.skipped, row.silent_up) == ("no update reached the server: of 5 devices 5 silent", M)

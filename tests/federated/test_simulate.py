@@ -1,8 +1,10 @@
 import json
+import math
 import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,9 @@ from datasets import Dataset
 
 from federated.channel import Channel, MultipleAccess
 from federated.downlink import DigitalDownlink, SelectionDownlink
-from federated.simulate import Simulation, tensors_of
+from federated.simulate import Simulation, line_of, tensors_of
 from federated.uplink import AnalogUplink, QuantizedUplink, SketchedUplink
-from tests.federated.small import M, small_data, small_model, small_parts, training
+from tests.federated.small import SGD, M, small_data, small_model, small_parts, training
 
 DATA, PARTS, TEST = small_data(), small_parts(), small_data(40, seed=1)
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -112,11 +114,50 @@ def test_a_new_run_takes_the_place_of_an_old_one(tmp_path):
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     list(simulation(tmp_path, checkpoint_every=2).run(2, progress=False))
-    with pytest.raises(ValueError, match="is of another run: uplink was 'IdealUplink', now 'QuantizedUplink'"):
+    with pytest.raises(
+        ValueError, match=r"is of another run: uplink was IdealUplink\(\), now QuantizedUplink\(levels=3\)"
+    ):
         simulation(tmp_path, uplink=QuantizedUplink(levels=3)).resume()
     with pytest.raises(ValueError, match="seed was 0, now 5"):
         simulation(tmp_path, seed=5).resume()
     assert simulation(tmp_path / "nothing").resume() == 0
+
+
+def selection(snr_db=10.0):
+    return SelectionDownlink(Channel.from_snr(snr_db, ofdm_symbols=200), 3)
+
+
+def over_the_air(threshold=0.1):
+    return SketchedUplink(AnalogUplink(MultipleAccess(), threshold), chunk_size=65, sketch_size=40, sparsity=8)
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        ({"downlink": selection(11.0)}, "downlink was SelectionDownlink"),
+        ({"uplink": over_the_air(0.2)}, r"uplink was SketchedUplink\(codec=Codec\(.*threshold=0.1"),
+        ({"optimizer": partial(torch.optim.SGD, lr=0.2)}, r"optimizer was SGD\(lr=0.1\), now SGD\(lr=0.2\)"),
+        ({"server_lr": 0.5}, "server_lr was 1.0, now 0.5"),
+        ({"server_momentum": 0.5}, "server_momentum was 0.0, now 0.5"),
+        ({"asked": 2}, "asked was None, now 2"),
+        ({"late": 0.5}, "late was 0.0, now 0.5"),
+        ({"parts": small_parts((10, 30, 20, 35, 25))}, "rows of the devices was"),
+    ],
+)
+def test_no_setting_changes_unnoticed_between_a_checkpoint_and_its_resume(tmp_path, other, sentence):
+    def make(optimizer=SGD, parts=PARTS, **arguments):
+        arguments = {"downlink": selection(), "uplink": over_the_air(), "checkpoint_every": 1} | arguments
+        return Simulation(training(optimizer=optimizer), DATA, parts, output_dir=tmp_path, **arguments)
+
+    make().step()
+    assert make().resume() == 1
+    with pytest.raises(ValueError, match=f"is of another run: {sentence}"):
+        make(**other).resume()
+
+
+def test_rows_are_json_also_where_a_number_is_not_finite():
+    line = line_of({"round": 3, "nmse_up": math.inf, "loss": math.nan, "bits_up": None, "accuracy": 0.5})
+    assert line == '{"round": 3, "nmse_up": null, "loss": null, "bits_up": null, "accuracy": 0.5}\n'
 
 
 def test_rows_tell_what_a_round_did(tmp_path):
@@ -133,7 +174,10 @@ def test_after_a_stated_number_of_skipped_rounds_the_run_ends_and_says_so():
     sim = simulation(uplink=AnalogUplink(MultipleAccess(), 50.0), most_skipped=4)
     rows = list(sim.run(100, progress=False))
     assert len(rows) == 4
-    assert sim.ended == "4 rounds in a row brought no update, the last because no update reached the server"
+    assert (
+        sim.ended
+        == "4 rounds in a row brought no update, the last because no update reached the server: of 5 devices 5 silent"
+    )
     thin = simulation(downlink=DigitalDownlink(Channel.from_snr(-40.0, ofdm_symbols=1)), most_skipped=2)
     assert len(list(thin.run(9, progress=False))) == 2
     assert re.search("could serve no device: too thin", thin.ended)
@@ -201,6 +245,7 @@ def test_a_run_that_cannot_be_is_refused(arguments, sentence):
         (DATA, [torch.arange(3), torch.arange(0)], "no device may be empty, device 1 of 2 is"),
         (DATA, [np.array([0, 120])], r"rows of device 0 must be in \[0, 119\], got 120"),
         (DATA, [], "at least one device is needed, got none"),
+        (DATA | {"pixel_values": DATA["pixel_values"][:90]}, PARTS, "labels has 120 rows and pixel_values 90"),
         ({"pixel_values": DATA["pixel_values"]}, PARTS, "need a column 'labels', got pixel_values"),
     ],
 )
