@@ -75,14 +75,18 @@ def noisy_cells() -> list[Cell]:
 
 
 def step_cells() -> list[Cell]:
-    """Why more local steps help here: many more of them, one seed."""
-    common = {"scheme": "noisy-downlink", "snr_db": 0.0, "rounds": 40, **FLAT, "power_down": 1.0, "seed": 0}
-    return [
-        {**common, "split": split, "downlink": downlink, "steps": steps}
-        for split in ("biased", "iid")
-        for downlink in ("ideal", "analog")
-        for steps in (1, 3, 10, 30, 100)
-    ]
+    """(c) Many more local steps: with all devices taking part, and with five of them, drawn anew in every round."""
+    common = {"scheme": "noisy-downlink", "rounds": 40, **FLAT, "power_down": 1.0}
+    cells = []
+    for seed in SEEDS:
+        for split in ("biased", "iid"):
+            for steps in (1, 3, 10, 30, 100):
+                own = {**common, "split": split, "steps": steps, "seed": seed}
+                cells += [{**own, "downlink": downlink, "snr_db": 0.0} for downlink in ("ideal", "analog")]
+                few = {**own, "participants": 5, "snr_up_db": 0.0}  # the uplink stays, the downlink gets better
+                cells += [{**few, "downlink": "analog", "snr_db": snr} for snr in (0.0, 10.0)]
+                cells.append({**few, "downlink": "ideal", "snr_db": 0.0})
+    return cells
 
 
 SWEEPS = {"selection": selection_cells, "antennas": antenna_cells, "noisy": noisy_cells, "steps": step_cells}
@@ -220,12 +224,19 @@ def _noisy_panels() -> list[Panel]:
 
 
 def _step_panels() -> list[Panel]:
-    lines = {
-        f"{downlink}, {split}": {"downlink": downlink, "split": split, "power_down": 1.0, **FLAT}
+    every = {
+        f"{downlink}, {split}": {"downlink": downlink, "split": split, "participants": None}
         for downlink in ("ideal", "analog")
         for split in ("biased", "iid")
     }
-    return [("local steps, flat fading, one seed", "steps", lines)]
+    panels = [("all 40 devices, 0 dB", "steps", every)]
+    for split in ("biased", "iid"):
+        lines = {"ideal downlink": {"downlink": "ideal", "split": split, "participants": 5}}
+        for snr in (10.0, 0.0):
+            analog = {"downlink": "analog", "snr_db": snr, "split": split, "participants": 5}
+            lines[f"analog downlink, {snr:.0f} dB"] = analog
+        panels.append((f"5 of 40 devices a round, {split} split", "steps", lines))
+    return panels
 
 
 FIGURES = {

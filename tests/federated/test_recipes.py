@@ -148,7 +148,7 @@ def test_another_run_is_not_overwritten_unasked(tmp_path, capsys):
     assert mnist.main(["--rounds", "1", "--output_dir", str(tmp_path), "--overwrite"]) == 0
 
 
-@pytest.mark.parametrize("name", ["selection", "antennas", "noisy"])
+@pytest.mark.parametrize("name", ["selection", "antennas", "noisy", "steps"])
 def test_a_sweep_runs_what_has_no_row_yet_and_draws_its_figure(name, tmp_path, monkeypatch):
     sweeps = recipe("federated_sweeps")
     few = [cell | {"rounds": 2, "devices": 40} for cell in sweeps.SWEEPS[name]() if cell["seed"] == 0][::7]
