@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from benchmarks.peers import parse
+import yaml
+
+from benchmarks.peers import MAKERS, parse
+from benchmarks.tasks import Source
 
 SEEDS = (0, 1, 2)
 ENCODER = ("SST-2", "CoLA", "RTE", "MRPC")
@@ -16,7 +20,7 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
         "frozen": (1e-3, 3e-3, 1e-2),
         "sgd": (1e-2, 3e-2, 1e-1),
         "sgd_momentum": (1e-2, 3e-2, 1e-1),
-        "came": (1.5e-5, 5e-5, 1.5e-4),
+        "came": (5e-6, 1.5e-5, 5e-5),
         "galore": (1.5e-4, 5e-4, 1.5e-3),
         "apollo": (1.5e-4, 5e-4, 1.5e-3),
         "lora": (5e-4, 1.5e-3, 5e-3),
@@ -27,7 +31,7 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
         "frozen": (1e-2, 3e-2, 1e-1),
         "sgd": (3e-2, 1e-1, 3e-1),
         "sgd_momentum": (3e-2, 1e-1, 3e-1),
-        "came": (1e-4, 3e-4, 1e-3),
+        "came": (3e-5, 1e-4, 3e-4),
         "galore": (3e-3, 1e-2, 3e-2),
         "apollo": (3e-3, 1e-2, 3e-2),
         "lora": (3e-3, 1e-2, 3e-2),
@@ -50,14 +54,12 @@ class Suite(NamedTuple):
 
     settings: tuple[Setting, ...]
     optimizers: tuple[str, ...]
-    rates: tuple[float, ...] | None = None  # None: those of RATES
+    rates: dict[str, tuple[float, ...]] | None = None  # as a table of RATES; None: those of RATES
     seeds: tuple[int, ...] = SEEDS
 
     def rates_of(self, task: str, optimizer: str) -> tuple[float, ...]:
         """Give the learning rates that an optimizer chooses from on a task."""
-        if self.rates is not None:
-            return self.rates
-        table = RATES["encoder" if task in ENCODER else "llama"]
+        table = RATES["encoder" if task in ENCODER else "llama"] if self.rates is None else self.rates
         return table.get(parse(optimizer)[0], table[""])
 
 
@@ -142,7 +144,7 @@ SUITES = {
             "attached(sketch_size=32)",
             "attached(sketch_size=32, micro_batches=8)",
         ),
-        rates=(3e-3,),
+        rates={"": (3e-3,)},
     ),
     # One thing changed at a time, around a sketch of 32 numbers for 256 entries.
     "sensitivity": Suite(
@@ -161,7 +163,106 @@ SUITES = {
             "sgc(sketch_size=32, rank=8)",
             *(f"sgc(sparsity={s})" for s in (4, 32)),
         ),
-        rates=(1e-3,),
+        rates={"": (1e-3,)},
         seeds=(0,),
     ),
 }
+
+
+# ---- a suite of the user's own ---------------------------------------------------------------------------------------
+
+OWN_OPTIMIZERS = ("adamw", "sgc()", "lora(rank=8)")
+OWN = {  # what a configuration may say beside the arguments of recipes/finetune.py, and what holds otherwise
+    "name": None,
+    "optimizers": OWN_OPTIMIZERS,
+    "learning_rates": RATES["encoder"][""],
+    "steps": 300,
+    "batch_size": 16,
+    "train_rows": 0,
+    "seeds": SEEDS,
+    "eval_datasets": (),
+    "expected": None,
+}
+
+
+class Own(NamedTuple):
+    """A suite on a model and data of the user's own."""
+
+    suite: Suite
+    source: Source
+    expected: dict[str, float] | None  # what an estimate of the time starts from, see `gpu_hours`
+
+
+def own_suite(config: dict[str, Any]) -> Own:
+    """Make a suite from a configuration: OWN's names, and arguments of `recipes/finetune.py` by their names.
+
+    `learning_rates` is a list, or lists by optimizer's name, "default" for those not named; all of one length, so that
+    nobody has more tries.
+
+    Raises:
+        ValueError: a sentence with the rule and the value.
+    """
+    own = {**OWN, **{name: value for name, value in config.items() if name in OWN}}
+    model, data = (config.get(name) for name in ("model_name_or_path", "dataset"))
+    if not model or not data:
+        raise ValueError(f"a model and a dataset must both be given, got {model!r} and {data!r}")
+    for optimizer in own["optimizers"]:
+        if parse(optimizer)[0] not in MAKERS:
+            raise ValueError(f"an optimizer must be one of {', '.join(MAKERS)}, got {optimizer!r}")
+    given = own["learning_rates"]
+    rates = given if isinstance(given, dict) else {"default": given}
+    table = {"" if name == "default" else name: tuple(map(float, each)) for name, each in rates.items()}
+    if "" not in table or len({len(each) for each in table.values()}) > 1 or not table[""]:
+        raise ValueError(f"learning_rates must be a list, or lists of one length with a 'default', got {given!r}")
+    for name in ("steps", "batch_size"):
+        if not isinstance(own[name], int) or own[name] < 1:
+            raise ValueError(f"{name} must be a whole number of 1 or more, got {own[name]!r}")
+    passed = {name: value for name, value in config.items() if name not in OWN}
+    arguments = tuple(text for name, value in passed.items() for text in (f"--{name}", str(value)))
+    name = own["name"] or f"{Path(str(model)).name}:{Path(str(data)).stem}"
+    setting = Setting(name, own["steps"], own["batch_size"], own["train_rows"])
+    suite = Suite((setting,), tuple(own["optimizers"]), table, tuple(own["seeds"]))
+    return Own(suite, Source(name, arguments, tuple(own["eval_datasets"])), own["expected"])
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a configuration from a YAML file.
+
+    Raises:
+        ValueError: there is no such file, or it does not hold names and values.
+    """
+    if not path.is_file():
+        raise ValueError(f"the configuration '{path}' does not exist")
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError(f"'{path}' must hold lines of the form name: value")
+    return config
+
+
+def gpu_hours(own: Own) -> dict[str, float]:
+    """Estimate the hours of one GPU that a suite takes, by counting operations.
+
+    A token costs 2 operations per parameter forward, 4 backward and, with checkpointed activations, 2 again; a row that
+    is judged costs a forward pass for its loss and one for its prompt. Answers, optimizer steps, loading and GaLore's
+    refreshes take the time that is given for them.
+
+    Returns:
+        Hours by optimizer, for all of its runs, and "all".
+    """
+    if own.expected is None:
+        raise ValueError("a configuration without 'expected' says nothing to estimate the time from")
+    about, setting = own.expected, own.suite.settings[0]
+    per_second = about["teraflops"] * 1e12 * about["utilisation"]
+    training = setting.steps * setting.batch_size * about["tokens_per_row"] * 8 * about["parameters"] / per_second
+    rows = about["judged_rows"] * max(1, len(own.source.eval_datasets))
+    forward = rows * 2 * about["tokens_per_row"] * 2 * about["parameters"] / per_second
+    answering = rows / about["eval_batch_size"] * about["answer_tokens"] * about["seconds_per_answer_token"]
+    stepping = setting.steps * about["seconds_per_step"]
+    each = training + forward + answering + stepping + about["seconds_to_load"]
+    runs = len(own.suite.rates[""]) + len(own.suite.seeds) - 1 if own.suite.rates else 0
+    hours = {}
+    for optimizer in own.suite.optimizers:
+        name, kwargs = parse(optimizer)
+        refreshes = 1 + (setting.steps - 1) // kwargs.get("update_proj_gap", 200) if name == "galore" else 0
+        hours[optimizer] = runs * (each + refreshes * about["seconds_per_galore_refresh"]) / 3600
+    return hours | {"all": sum(hours.values())}

@@ -244,7 +244,8 @@ class Finetuning:
         args.seed = seed
         model = self.finetune.load_model(self.model_args, self.job, args).to(self.device)
         if self.args.activation_checkpointing:
-            model.gradient_checkpointing_enable()
+            # the name before transformers 5.20 or so is deprecated after it
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
             model.config.use_cache = False
         return model
 

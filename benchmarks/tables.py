@@ -1,0 +1,176 @@
+"""Tables of the quality benchmark, drawn from its rows as Markdown."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any, NamedTuple
+
+from benchmarks.suites import Setting, Suite
+
+Row = dict[str, Any]
+
+
+class Interval(NamedTuple):
+    """A mean, and half the width of its 95 % interval by Student's t; nan with fewer than two values."""
+
+    mean: float
+    half: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} ± {self.half:.3f}" if math.isfinite(self.half) else f"{self.mean:+.3f}"
+
+
+def interval(values: list[float]) -> Interval:
+    """Estimate the mean of values that were drawn independently."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return Interval(statistics.fmean(values), math.nan)
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(statistics.fmean(values), half)
+
+
+def score(row: Row) -> float:
+    """Give what a learning rate is chosen by."""
+    return row["metric"] if math.isfinite(row["eval_loss"]) else -math.inf
+
+
+def best_runs(found: list[Row], setting: Setting, optimizer: str, suite: Suite) -> list[Row]:
+    """Give the finished runs of an optimizer at its best rate of those run on the first seed, one per seed."""
+    here = [
+        row
+        for row in found
+        if (row["task"], row["steps"], row["batch_size"], row["train_rows"]) == setting
+        and row["optimizer"] == optimizer
+        and row["lr"] in suite.rates_of(setting.task, optimizer)
+        and row["seed"] in suite.seeds
+    ]
+    first = [row for row in here if row["seed"] == suite.seeds[0]]
+    if not first:
+        return []
+    best = max(first, key=score)["lr"]
+    return sorted((row for row in here if row["lr"] == best), key=lambda row: row["seed"])
+
+
+def complete(found: list[Row], setting: Setting, optimizer: str, suite: Suite) -> bool:
+    """Whether all rates have run on the first seed, and all seeds at the best one."""
+    first = {
+        row["lr"]
+        for row in found
+        if (row["task"], row["steps"], row["batch_size"], row["train_rows"]) == setting
+        and (row["optimizer"], row["seed"]) == (optimizer, suite.seeds[0])
+    }
+    runs = best_runs(found, setting, optimizer, suite)
+    return first >= set(suite.rates_of(setting.task, optimizer)) and len(runs) == len(suite.seeds)
+
+
+def on_front(points: dict[str, tuple[float, float]]) -> set[str]:
+    """Name the points (bytes, score) than which no other has a higher score with no more bytes."""
+    return {
+        name
+        for name, (size, value) in points.items()
+        if not any(
+            other_size <= size and other >= value and (other_size, other) != (size, value)
+            for key, (other_size, other) in points.items()
+            if key != name
+        )
+    }
+
+
+def table(suite: Suite, found: list[Row]) -> str:
+    """Draw a suite: per setting mean ± standard deviation over the seeds at the best rate, and against AdamW.
+
+    The difference to AdamW is paired by seed, with a 95 % interval (Student's t). ★: on the Pareto front of the
+    setting, no other optimizer is as good with no more bytes. †: some runs are missing. With a frozen body in the suite
+    and several settings, also the mean over the settings and its gain as a share of AdamW's.
+    """
+    gains = "frozen" in suite.optimizers and len(suite.settings) > 1
+    head = ["optimizer", "state ÷ AdamW's"]
+    for setting in suite.settings:
+        head += [title(setting), "− AdamW, paired"]
+    head += ["mean", "of AdamW's gain"] if gains else []
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    fronts = {setting: on_front(points(found, setting, suite)) for setting in suite.settings}
+    for optimizer in suite.optimizers:
+        parts, ratios = [], []
+        for setting in suite.settings:
+            runs = best_runs(found, setting, optimizer, suite)
+            parts += _parts(found, setting, optimizer, suite, optimizer in fronts[setting])
+            ratios += [runs[0]["state_ratio"]] if runs else []
+        if gains:
+            parts += _gain(found, optimizer, suite)
+        ratio = f"{statistics.fmean(ratios):.4f}" if ratios else ""
+        lines.append(f"| `{optimizer}` | {ratio} | " + " | ".join(parts) + " |")
+    return "\n".join(lines)
+
+
+def points(found: list[Row], setting: Setting, suite: Suite) -> dict[str, tuple[float, float]]:
+    """Give (bytes of state, mean score) of every optimizer that has run."""
+    runs = {name: best_runs(found, setting, name, suite) for name in suite.optimizers}
+    return {
+        name: (max(row["state_bytes"] for row in mine), statistics.fmean(row["metric"] for row in mine))
+        for name, mine in runs.items()
+        if mine
+    }
+
+
+def title(setting: Setting) -> str:
+    """Name a setting for people."""
+    return f"{setting.task}, {setting.steps} × {setting.batch_size}" + f", {setting.train_rows} rows" * bool(
+        setting.train_rows
+    )
+
+
+def paired(one: list[Row], other: list[Row]) -> Interval | None:
+    """Estimate by how much `one` is better than `other`, from the seeds that both have run."""
+    scores = [{row["seed"]: row["metric"] for row in runs} for runs in (one, other)]
+    seeds = scores[0].keys() & scores[1].keys()
+    return interval([scores[0][seed] - scores[1][seed] for seed in sorted(seeds)]) if seeds else None
+
+
+def _parts(found: list[Row], setting: Setting, optimizer: str, suite: Suite, front: bool) -> list[str]:
+    runs = best_runs(found, setting, optimizer, suite)
+    if not runs:
+        return ["missing", ""]
+    scores = [run["metric"] for run in runs]
+    spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
+    mark = "" if complete(found, setting, optimizer, suite) else " †"
+    mean = f"{statistics.fmean(scores):.3f}{spread} ({runs[0]['lr']:g}){' ★' * front}{mark}"
+    against = paired(runs, best_runs(found, setting, "adamw", suite)) if optimizer != "adamw" else None
+    return [mean, "" if against is None else str(against)]
+
+
+def _gain(found: list[Row], optimizer: str, suite: Suite) -> list[str]:
+    means = [_mean_over_settings(found, name, suite) for name in (optimizer, "frozen", "adamw")]
+    mean, frozen, adamw = means
+    if mean is None:
+        return ["missing", "missing"]
+    return [f"{mean:.3f}", "" if frozen is None or adamw is None else f"{(mean - frozen) / (adamw - frozen):.0%}"]
+
+
+def _mean_over_settings(found: list[Row], optimizer: str, suite: Suite) -> float | None:
+    if not all(complete(found, setting, optimizer, suite) for setting in suite.settings):
+        return None
+    runs = [best_runs(found, setting, optimizer, suite) for setting in suite.settings]
+    return statistics.fmean(statistics.fmean(run["metric"] for run in seeds) for seeds in runs)
+
+
+def rate_table(suite: Suite, found: list[Row]) -> str:
+    """Draw the scores of the first seed at every learning rate; the best at an end of the grid is said to be."""
+    lines: list[str] = []
+    for setting in suite.settings:
+        lines += ["", f"| {title(setting)}, seed {suite.seeds[0]} | learning rate: score | |", "|---" * 3 + "|"]
+        for optimizer in suite.optimizers:
+            rates = suite.rates_of(setting.task, optimizer)
+            run = {
+                row["lr"]: score(row)
+                for row in found
+                if (row["task"], row["steps"], row["batch_size"], row["train_rows"]) == setting
+                and (row["optimizer"], row["seed"]) == (optimizer, suite.seeds[0])
+            }
+            text = ", ".join(f"{lr:g}: {run[lr]:.3f}" if lr in run else f"{lr:g}: missing" for lr in rates)
+            ends = (rates[0], rates[-1]) if len(rates) > 1 and set(rates) <= run.keys() else ()
+            at_end = "best at an end" if ends and max(rates, key=run.__getitem__) in ends else ""
+            lines.append(f"| `{optimizer}` | {text} | {at_end} |")
+    return "\n".join(lines).strip()
