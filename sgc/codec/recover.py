@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from sgc.codec.project import Projection
-from sgc.codec.sparsify import top_entries
+from sgc.codec.sparsify import top_entries, top_indices
 
 METHODS = ("omp", "gomp", "threshold")
 GOMP_PASSES = 4  # correlation passes of generalized OMP
 RIDGE = 1e-5  # keeps equal or opposite columns, common at small k, from making the least squares singular
 _BLOCK = 1 << 20  # entries of the largest temporary
+ELIMINATED = 8  # systems of up to so many unknowns are solved all together, larger ones by LAPACK one after the other
 
 
 def recover(
@@ -37,14 +38,18 @@ def recover(
     sparsity = min(sparsity, n)
     if projection.sketch_size >= n:
         return top_entries(sketch, sparsity)
-    widest = max(n, sparsity * projection.sketch_size)
+    widest = max(n, sparsity * (sparsity if projection.holds(n) else projection.sketch_size))
     step = max(1, _BLOCK // widest)
     passes = {"omp": sparsity, "gomp": min(GOMP_PASSES, sparsity), "threshold": 1}[method]
+    grams = None
+    if sparsity > 1 and n * n <= _BLOCK and sketch.shape[0] * sparsity >= n:  # else it costs more than it saves
+        signs = projection.columns(n, sketch.device).sign()
+        grams = signs @ signs.T
     parts = []
     for start in range(0, sketch.shape[0], step):
         part = slice(start, start + step)
         length = None if lengths is None else lengths[part]
-        parts.append(_pursuit(sketch[part], n, projection, sparsity, passes, length))
+        parts.append(_pursuit(sketch[part], n, projection, sparsity, passes, length, grams))
     if not parts:
         return sketch.new_zeros((0, sparsity), dtype=torch.int64), sketch.new_zeros((0, sparsity))
     index, value = (torch.cat(part) if len(parts) > 1 else part[0] for part in zip(*parts, strict=True))
@@ -53,30 +58,39 @@ def recover(
 
 
 def _pursuit(
-    y: Tensor, n: int, projection: Projection, sparsity: int, passes: int, lengths: Tensor | None
+    y: Tensor, n: int, projection: Projection, sparsity: int, passes: int, lengths: Tensor | None, grams: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Matching pursuit with ⌈s'/passes⌉ new entries and a full least squares after every pass."""
     index = y.new_zeros((y.shape[0], 0), dtype=torch.int64)
     value = y.new_zeros((y.shape[0], 0))
-    rest = y
+    correlation = projection.correlate(y, n)
+    score = correlation.abs()
     for number in range(passes):
         more = sparsity * (number + 1) // passes - sparsity * number // passes
-        score = projection.correlate(rest, n).abs_()
+        if number:
+            score = projection.correlate(y - projection.project(index, value, n), n).abs_()
         if lengths is not None:
-            score.masked_fill_(torch.arange(n, device=y.device) >= lengths[:, None], -1.0)
-        score.scatter_(1, index, -2.0)
-        index = torch.cat([index, _best(score, more)], dim=1)
-        columns = projection.gather(index, n)
-        if lengths is not None:
-            columns = columns * (index < lengths[:, None])[:, :, None]
-        value = _least_squares(columns, y)
-        if number + 1 < passes:
-            rest = y - torch.einsum("cs,csk->ck", value, columns)
+            score.masked_fill_(torch.arange(n, device=y.device) >= lengths[:, None], -0.5)
+        index = torch.cat([index, _best(score.scatter_(1, index, -1.0), more)], dim=1)
+        real = None if lengths is None else index < lengths[:, None]
+        right = correlation.gather(1, index)
+        value = _solve(_gram(projection, index, n, grams, real), right if real is None else right * real)
     return index, value
 
 
 def _best(score: Tensor, count: int) -> Tensor:
-    return score.argmax(1, keepdim=True) if count == 1 else score.topk(count, dim=1, sorted=False).indices
+    return score.argmax(1, keepdim=True) if count == 1 else top_indices(score, count)
+
+
+def _gram(projection: Projection, index: Tensor, n: int, grams: Tensor | None, real: Tensor | None) -> Tensor:
+    """Give AᵀA at every pair of positions (c, s', s'), as exact multiples of 1/k; 0 where a position is not real."""
+    if grams is None:
+        signs = projection.gather(index, n).sign_()
+        gram = signs @ signs.mT
+    else:
+        gram = grams.take(index[:, :, None] * n + index[:, None, :])
+    gram *= 1 / projection.sketch_size
+    return gram if real is None else gram * (real[:, :, None] & real[:, None, :])
 
 
 def least_squares(
@@ -85,21 +99,27 @@ def least_squares(
     """Solve for the values (c, s') that best explain the sketches (c, k) on a given support (c, s'); 0 on padding."""
     if projection.sketch_size >= n:
         return sketch.gather(1, index)
-    columns = projection.gather(index, n)
-    if lengths is not None:
-        columns = columns * (index < lengths[:, None])[:, :, None]
-    return _least_squares(columns, sketch)
-
-
-def _least_squares(columns: Tensor, y: Tensor) -> Tensor:
-    """Columns (c, s', k), y (c, k) → values (c, s')."""
-    right = torch.einsum("ck,csk->cs", y, columns)
-    return _solve(columns @ columns.mT, right) if columns.shape[1] > 1 else right
+    real = None if lengths is None else index < lengths[:, None]
+    right = torch.einsum("ck,csk->cs", sketch, projection.gather(index, n))
+    return _solve(_gram(projection, index, n, None, real), right if real is None else right * real)
 
 
 def _solve(gram: Tensor, right: Tensor) -> Tensor:
-    """Solve (G + ridge) x = b for a batch of small symmetric systems; a zero column gets the value 0."""
-    gram = gram.clone()
-    gram.diagonal(dim1=1, dim2=2).add_(RIDGE)
-    factor = torch.linalg.cholesky_ex(gram).L
-    return torch.cholesky_solve(right[:, :, None], factor).squeeze(2)
+    """Solve (G + ridge) x = b for a batch of small symmetric systems (c, s', s') and (c, s'); b = 0, G = 0 gives 0."""
+    count = right.shape[1]
+    if count == 1:
+        return right
+    if count > ELIMINATED:
+        gram.diagonal(dim1=1, dim2=2).add_(RIDGE)
+        return torch.cholesky_solve(right[:, :, None], torch.linalg.cholesky_ex(gram).L).squeeze(2)
+    left, x = gram.permute(1, 2, 0).contiguous(), right.T.contiguous()  # vectors run over systems
+    left.diagonal().add_(RIDGE)
+    for at in range(count - 1):  # Gaussian elimination, which needs no pivoting where G is positive definite
+        below = slice(at + 1, None)
+        factor = left[at, below] / left[at, at]
+        left[below, below] -= factor[:, None] * left[at, None, below]
+        x[below] -= factor * x[at]
+    for at in range(count - 1, -1, -1):
+        x[at] /= left[at, at]
+        x[:at] -= left[:at, at] * x[at]
+    return x.T

@@ -22,19 +22,20 @@ def top_entries(x: Tensor, sparsity: int) -> tuple[Tensor, Tensor]:
     Returns:
         index (c, s) int64, ascending in each chunk, and value (c, s) in the dtype of x.
     """
-    n = x.shape[1]
-    if sparsity >= n:
-        return torch.arange(n, device=x.device).expand(x.shape[0], n), x.clone()
+    if sparsity >= x.shape[1]:
+        return top_indices(x, sparsity), x.clone()
     index = top_indices(x.abs(), sparsity)
     return index, x.gather(1, index)
 
 
 def top_indices(magnitude: Tensor, sparsity: int) -> Tensor:
-    """Select as `top_entries` does from what is not negative (c, n), s < n: index (c, s) int64, ascending."""
+    """Select as `top_entries` does by magnitudes (c, n), which may be as low as −1: index (c, s) int64, ascending."""
     n = magnitude.shape[1]
+    if sparsity >= n:
+        return torch.arange(n, device=magnitude.device).expand(magnitude.shape[0], n)
     if sparsity == 1:
         return magnitude.argmax(1, keepdim=True)  # the first of several maxima
-    if magnitude.device.type == "cpu" and SMALLEST_SHARE * sparsity <= n < HEAP * (sparsity + 1):
+    if magnitude.device.type == "cpu" and len(magnitude) and SMALLEST_SHARE * sparsity <= n < HEAP * (sparsity + 1):
         return _top_by_groups(magnitude, sparsity)
     # unsorted selection and a sort of the few is three times faster on a CPU than a sorted selection
     best, index = magnitude.topk(sparsity + 1, dim=1, sorted=False)
@@ -47,9 +48,10 @@ def top_indices(magnitude: Tensor, sparsity: int) -> Tensor:
 
 
 def _top_of_tied(magnitude: Tensor, sparsity: int) -> Tensor:
-    """Select by (magnitude, lowest index) through one integer key: the bits of a float ≥ 0 sort as the float does."""
-    n = magnitude.shape[1]
-    key = magnitude.float().view(torch.int32).long() * n + torch.arange(n - 1, -1, -1, device=magnitude.device)
+    """Select by (magnitude, lowest index) through one integer key: the bits of a float sort as the float does."""
+    n, bits = magnitude.shape[1], magnitude.float().view(torch.int32)
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    key = bits.long() * n + torch.arange(n - 1, -1, -1, device=magnitude.device)
     return key.topk(sparsity, dim=1, sorted=False).indices
 
 
@@ -62,7 +64,7 @@ def _top_by_groups(magnitude: Tensor, sparsity: int) -> Tensor:
     width = 1 << (math.isqrt(n // sparsity).bit_length() - 1)
     groups = math.ceil(n / width)
     if width * groups != n:
-        magnitude = torch.nn.functional.pad(magnitude, (0, width * groups - n), value=-1.0)
+        magnitude = torch.nn.functional.pad(magnitude, (0, width * groups - n), value=-2.0)
     grid = magnitude.view(chunks, width, groups)
     group, clear = _reaching(grid.amax(1), sparsity)
     members = grid.gather(2, group[:, None].expand(chunks, width, sparsity)).view(chunks, -1)
@@ -97,7 +99,7 @@ def _smallest_of_top(values: Tensor, count: int) -> Tensor:
     runs = 1 << (math.ceil(n / run) - 1).bit_length()
     held = values.new_empty(runs * run, chunks)  # vectors run over chunks
     held[:n] = values.T
-    held[n:] = -1.0
+    held[n:] = -2.0
     spare = torch.empty_like(held)
     half = 1
     while half < run:  # a bitonic network sorts each run of so many, the largest first
