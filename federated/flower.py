@@ -231,7 +231,8 @@ class RadioStrategy(Strategy):
         self.nodes: dict[int, int] = {}  # device → node
         self.server: Server | None = None
         self.theta_hat: Memory = None
-        self._told: set[int] = set()  # devices that know where training starts
+        self._told: set[int] = set()  # devices that know their θ̂_m
+        self._messaged: set[int] = set()
         self._down: Reception | None = None
         self._up: Superposition | None = None
 
@@ -255,8 +256,9 @@ class RadioStrategy(Strategy):
             return []
         self._up = self.uplink.open(len(theta), len(self._down.devices), None, draws.at("up"))
         taking_part = set(self._down.devices.tolist())
+        self._messaged = taking_part | set(self._down.messages)
         messages = []
-        for device in sorted(taking_part | set(self._down.messages)):
+        for device in sorted(self._messaged):
             one = torch.tensor([device])
             content = self._content(device, one, start)
             budget = self._up.budget(one)[0] if device in taking_part else 0.0
@@ -272,7 +274,7 @@ class RadioStrategy(Strategy):
         if message is None:
             return arrays(theta=self._down.receive(one)[0])
         travels = {"value": message.value} | ({} if message.index is None else {"index": message.index})
-        if device not in self._told:  # every device knows where training starts
+        if device not in self._told:  # the radio's devices know where training starts, a node is told
             assert start is not None
             travels["theta"] = start[device if len(start) > 1 else 0]
             self._told.add(device)
@@ -284,7 +286,11 @@ class RadioStrategy(Strategy):
         """Let the replies meet on the uplink, and move θ by what the server hears."""
         assert self.server is not None
         assert self._down is not None
-        heard = [reply.content for reply in replies if reply.has_content() and "metrics" in reply.content]
+        answered = [reply for reply in replies if reply.has_content()]
+        nodes = {reply.metadata.src_node_id for reply in answered}
+        # who did not answer may not have heard: it is told all of its θ̂_m the next time
+        self._told = {device for device in self._told if self.nodes[device] in nodes or device not in self._messaged}
+        heard = [reply.content for reply in answered if "metrics" in reply.content]
         heard.sort(key=lambda content: _number(content["metrics"]))
         sent = [content for content in heard if content["metrics"]["finite"]]
         bits_down = self._down.traffic.bits

@@ -32,8 +32,8 @@ def task(monkeypatch):
 class LocalGrid(Grid):
     """Runs every node's ClientApp here, with a context of its own, as a SuperNode does."""
 
-    def __init__(self, app, lost=()):
-        self.app, self.lost, self.travelled = app, lost, []
+    def __init__(self, app, lost=(), lost_rounds=range(100)):
+        self.app, self.lost, self.lost_rounds, self.travelled = app, lost, lost_rounds, []
         self.contexts = {
             100 + m: Context(1, 100 + m, {"partition-id": m}, RecordDict(), {}) for m in reversed(range(M))
         }
@@ -45,10 +45,9 @@ class LocalGrid(Grid):
         replies = []
         for message in messages:
             node = message.metadata.dst_node_id
-            if (
-                message.metadata.message_type == "train"
-                and self.contexts[node].node_config["partition-id"] in self.lost
-            ):
+            lost = self.contexts[node].node_config["partition-id"] in self.lost
+            train = message.metadata.message_type == "train"
+            if lost and train and int(message.content["config"]["round"]) in self.lost_rounds:
                 continue
             reply = self.app(message, self.contexts[node])
             if "up" in reply.content:
@@ -73,13 +72,13 @@ def device_of(data=DATA):
     return open_device
 
 
-def on_flower(downlink, uplink, rounds=4, data=DATA, lost=(), **arguments):
-    grid = LocalGrid(client_app(device_of(data), lambda context: uplink), lost)
+def on_flower(downlink, uplink, rounds=4, data=DATA, lost=(), lost_rounds=range(100), **arguments):
+    grid = LocalGrid(client_app(device_of(data), lambda context: uplink), lost, lost_rounds)
     rows = []
     strategy = RadioStrategy(
         M, downlink=downlink, uplink=uplink, on_round=lambda number, row: rows.append(row), **arguments
     )
-    train = training()
+    train, grid.strategy = training(), strategy
     result = strategy.start(grid, arrays(theta=train.flat.read(train.model)), num_rounds=rounds)
     return tensor_of(result.arrays, "theta"), rows, grid
 
@@ -159,6 +158,17 @@ def test_a_device_with_a_nan_is_dropped_and_one_that_is_lost_is_late():
     theta, rows, _ = on_flower(IdealDownlink(), QuantizedUplink(levels=3), data=data, lost=(4,))
     assert theta.isfinite().all()
     assert all((row["dropped"], row["late"], row["participants"]) == (1, 1, 3) for row in rows)
+
+
+@pytest.mark.parametrize("down", ["digital", "selection"])
+def test_a_node_that_was_away_comes_back_with_the_estimate_that_the_server_thinks_it_holds(down):
+    _, _, grid = on_flower(DOWNLINKS[down](), IdealUplink(), rounds=6, lost=(1, 2), lost_rounds=(1, 3))
+    memory, held = grid.strategy.theta_hat, {}
+    for context in grid.contexts.values():
+        if "theta_hat" in context.state:
+            held[context.node_config["partition-id"]] = tensor_of(context.state["theta_hat"], "theta_hat")
+    assert set(held) == set(range(M))
+    assert all(torch.allclose(each, memory[m % len(memory)], atol=1e-6) for m, each in held.items())
 
 
 def test_a_round_that_serves_nobody_is_skipped():
