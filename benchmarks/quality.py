@@ -253,6 +253,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     config = read_config(arguments.config) if arguments.config else {}
     named = {"model_name_or_path": arguments.model, "dataset": arguments.dataset, "learning_rates": arguments.lr}
     named |= {name: value for name, value in vars(arguments).items() if name in OWN}
+    if arguments.model or arguments.dataset:
+        config.pop("name", None)  # it was another's
     config |= {name: value for name, value in named.items() if value is not None}
     if rest and not config:
         parser.error(f"without --model or --config there is no argument {rest[0]}")

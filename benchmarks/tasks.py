@@ -16,7 +16,7 @@ import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
@@ -209,6 +209,17 @@ class Source(NamedTuple):
     eval_datasets: tuple[str, ...] = ()  # the metric is the mean over them; none: the data set's own test rows
 
 
+def judge_names(judges: Sequence[str | None]) -> list[str]:
+    """Name data sets as briefly as tells them apart: by file, by folder where files are called test, or in full."""
+    paths = [Path(judge or "own test rows") for judge in judges]
+    names = [path.parent.name if path.stem in ("test", "validation", "dev") else path.stem for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(f"data sets to judge by must be different ones, got {', '.join(names)}")
+    return names
+
+
 class Finetuning:
     """Any causal language model or classifier of Hugging Face on any data set, read as `recipes/finetune.py` reads it.
 
@@ -229,10 +240,8 @@ class Finetuning:
             data_args.max_train_samples = train_rows
         judges = source.eval_datasets or (data_args.eval_dataset,)
         self.jobs = {
-            Path(judge or "test").stem if judge not in (None, "") else "test": finetune.prepare(
-                self.model_args, dataclasses.replace(data_args, eval_dataset=judge), self.args
-            )
-            for judge in judges
+            name: finetune.prepare(self.model_args, dataclasses.replace(data_args, eval_dataset=judge), self.args)
+            for name, judge in zip(judge_names(judges), judges, strict=True)
         }
         self.job = next(iter(self.jobs.values()))
         self.device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
