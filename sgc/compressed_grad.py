@@ -30,7 +30,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sgc import memory, moments
 from sgc.codec.layout import Layout
 from sgc.codec.project import mix
-from sgc.step import Whitening, encode, mean_squares, whiten_by
+from sgc.step import Whitening, encode, gradient_norm, mean_squares, whiten_by
 
 if TYPE_CHECKING:
     from sgc.optimizer import SGC
@@ -507,17 +507,16 @@ class Compressor:
     def _encode(self, slot: Slot, gradient: Tensor, held: CompressedGradient) -> None:
         optimizer, param, layout, sums = self._owner(), slot.param, slot.layout, held.sums()
         group = optimizer._group_of(slot.number)
-        if held.prescale is not None:
-            gradient = gradient.float() * held.prescale
-        single = gradient.float() if gradient.dtype is torch.float64 else gradient
-        sums.norm_sq.add_(torch.linalg.vector_norm(single, dtype=torch.float32).square())
+        factor = held.prescale  # only of sketches
+        norm_sq = gradient_norm(gradient).square()
+        sums.norm_sq.add_(norm_sq if factor is None else norm_sq * factor.square())
         sums.number.add_(1)
         grid, whitening = layout.grid(gradient), None
         if group["moments"] in moments.FACTORED:
             state = optimizer._state_of(param, group)
             t = int(state["step"]) + 1
             for total, mean in zip((sums.row, sums.col), mean_squares(grid, layout), strict=True):
-                total.add_(mean)
+                total.add_(mean if factor is None else mean * factor.square())
         if slot.sample_every:
             value = gradient.reshape(-1)[held.first :: slot.sample_every].float()
             sums.p[: len(value)].add_(value)
@@ -528,7 +527,7 @@ class Compressor:
             whitening = whiten_by(moved, sums.row / sums.number, sums.col / sums.number, group["betas"][1], t)
         projection = optimizer._projection(group)
         assert projection is not None  # there is a sketch
-        p, q = encode(grid, layout, whitening, projection, group)
+        p, q = encode(grid, layout, whitening, projection, group, factor)
         sums.sketch_sq.add_(p.square().sum())
         sums.p.add_(p)
         if sums.q is not None and q is not None:

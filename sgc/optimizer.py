@@ -27,6 +27,7 @@ from sgc.step import (
     apply_sampled,
     apply_sparse,
     compressed_update,
+    gradient_norm,
     lowrank_update,
     sketched_update,
 )
@@ -654,5 +655,4 @@ def _norm(gradient: Any) -> Tensor:
         return gradient.norm
     if isinstance(gradient, CompressedGradient):
         return gradient.step_norm()
-    single = gradient.float() if gradient.dtype is torch.float64 else gradient
-    return torch.linalg.vector_norm(single, dtype=torch.float32)
+    return gradient_norm(gradient)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sgc import moments
 from sgc.codec import place
-from sgc.codec.layout import Layout, matrix_shape
+from sgc.codec.layout import BLOCK_ENTRIES, Layout, matrix_shape
 from sgc.codec.lowrank import leading_basis, turn
 from sgc.codec.project import Projection
 from sgc.codec.recover import least_squares, recover
@@ -144,6 +144,18 @@ def _recover_busy(
     return _spread(*recover(target[busy], *arguments, None if lengths is None else lengths[busy]), busy)
 
 
+def gradient_norm(gradient: Tensor) -> Tensor:
+    """Give ‖g‖₂ in fp32, () shaped, of float64 by way of fp32; no fp32 copy of a 16-bit gradient is made whole."""
+    if gradient.dtype is torch.float64:
+        gradient = gradient.float()
+    if gradient.dtype is torch.float32 or gradient.is_cuda or not gradient.is_contiguous():  # a GPU casts as it reads
+        return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    parts = [
+        torch.linalg.vector_norm(part, dtype=torch.float32) for part in gradient.view(-1).split(16 * BLOCK_ENTRIES)
+    ]
+    return torch.linalg.vector_norm(torch.stack(parts)) if len(parts) > 1 else parts[0]
+
+
 def mean_squares(grid: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Give the row and column means of g², (rows,) and (cols,) in fp32, padding left out."""
     return means(*square_sums(grid, layout), layout)
@@ -216,14 +228,23 @@ def _whiten(block: Tensor, a: Tensor, b: Tensor, eps: float) -> Tensor:
 
 
 def encode(
-    grid: Tensor, layout: Layout, whitening: Whitening | None, projection: Projection, group: Mapping[str, Any]
+    grid: Tensor,
+    layout: Layout,
+    whitening: Whitening | None,
+    projection: Projection,
+    group: Mapping[str, Any],
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sparsify and project a gradient's grid, whitened where the rule is: p (c, min(k, n)); for "sketched" also q."""
+    """Sparsify and project a gradient's grid, whitened where the rule is: p (c, min(k, n)); for "sketched" also q.
+
+    With a factor, () shaped, it is the gradient times that.
+    """
     shape = (layout.chunks, min(projection.sketch_size, layout.chunk))
     p = torch.empty(shape, dtype=torch.float32, device=grid.device)
     q = torch.empty_like(p) if group["moments"] == "sketched" else None
     for rows, chunks in layout.blocks():
-        index, value = _select_block(grid[rows], layout, whitening, rows, group["sparsity"], group["eps"])
+        block = grid[rows] if factor is None else grid[rows].float() * factor
+        index, value = _select_block(block, layout, whitening, rows, group["sparsity"], group["eps"])
         p[chunks] = projection.project(index, value, layout.chunk)
         if q is not None:
             q[chunks] = projection.project(index, value.square(), layout.chunk)
@@ -360,8 +381,8 @@ def apply_entries(
         return
     exact = torch.promote_types(weight.dtype, torch.float32)
     new = flat[position].to(exact).mul_(1 - decay).sub_(value, alpha=lr)
-    if decay:
-        apply_dense(flat, None, 0.0, decay, generator)
+    for part in flat.split(BLOCK_ENTRIES) if decay else ():  # in fp32 and rounded it would be five times as large
+        apply_dense(part, None, 0.0, decay, generator)
     flat[position] = rounded(new, weight.dtype, generator)
 
 

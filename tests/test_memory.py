@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sgc import SGC, Codec, memory
+from sgc.planner.trace import Tracker
+from sgc.step import gradient_norm
 
 RULES = ("residual", "whitened", "sketched", "subspace")
 SHAPES = [(64, 96), (33, 77), (40, 6), (9000,), (12, 3, 5, 5), (7,), (), (0, 4), (2, 2000)]
@@ -136,3 +139,50 @@ def test_a_codec_and_an_optimizer_cut_a_tensor_alike():
     (state,) = optimizer.state.values()
     assert state["sketch"].flatten(0, -2).shape == Codec(32, 24, 4).encode(torch.zeros(33, 77)).shape
     assert math.prod(state["sketch"].shape) < 33 * 77
+
+
+@pytest.mark.parametrize("options", [{}, {"sketch_size": 8}, {"sketch_size": 8, "attach": True}])
+def test_a_step_on_bf16_weights_holds_no_copy_of_the_tensor(options):
+    options = dict(options)
+    attach = options.pop("attach", False)
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(torch.randn(2048, 2048).bfloat16())
+    optimizer = SGC(module.parameters(), **options)
+    if attach:
+        optimizer.attach(module)
+    for _ in range(2):
+        module.weight.grad = torch.randn(2048, 2048).bfloat16()
+        tracker = Tracker()
+        for tensor in (module.weight, module.weight.grad, *optimizer.state[module.weight].values()):
+            tracker.mark(tensor, "weights")
+        with tracker:
+            optimizer.step()
+        module.weight.grad = None
+    assert tracker.peak().temporaries < 4 * module.weight.numel() * 0.6  # of a copy in fp32; blocks are a sixteenth
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1, 1000, 5_000_000])
+def test_the_norm_of_a_gradient_is_that_of_its_numbers(dtype, size):
+    gradient = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact = torch.linalg.vector_norm(gradient.double()).item()
+    assert gradient_norm(gradient).item() == pytest.approx(exact, rel=1e-3)  # torch sums fp32 plainly
+    strided = gradient[:1000:2]
+    assert gradient_norm(strided).item() == pytest.approx(torch.linalg.vector_norm(strided.double()).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_norm_of_a_16_bit_gradient_copies_a_block_at_a_time(dtype):
+    with FakeTensorMode():  # shows the copy that a CPU makes inside the operator
+        gradient, tracker = torch.empty(50_000_000, dtype=dtype), Tracker()
+        tracker.mark(gradient, "gradients")
+        with torch.no_grad(), tracker:
+            gradient_norm(gradient)
+    assert 0 < tracker.peak().temporaries < 4 * gradient.numel() / 10
+
+
+def test_a_norm_that_overflows_is_infinite_and_one_of_nan_is_nan():
+    large = torch.full((5_000_000,), 3e38, dtype=torch.bfloat16)
+    assert gradient_norm(large).isinf()
+    large[-1] = math.nan
+    assert gradient_norm(large).isnan()

@@ -1,0 +1,242 @@
+"""The optimizers of a plan: the bytes of state each holds for a tensor, and what its step needs for a moment."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sgc import memory
+from sgc.codec.layout import BLOCK_ENTRIES, make_layout
+from sgc.optimizer import SGC
+from sgc.planner.trace import Info, Tracker
+
+FP32 = 4
+STRIP = 8  # blocks of a tensor that a step is made of; what is longer is extrapolated from STRIP and 2·STRIP
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One optimizer as a plan sees it."""
+
+    spec: str
+    label: str
+    state: Callable[[Info], int]  # bytes held for a tensor, whole or a shard
+    step: Callable[[Sequence[Info]], int]  # bytes of temporaries, at most, while a step updates these
+    shared: Callable[[Sequence[Info]], int] = lambda infos: 0  # bytes held for all tensors together
+    adapter: str | None = None  # "lora" or "qlora"
+    sgc: dict[str, Any] | None = None  # arguments of SGC
+    attach: dict[str, int] | None = None  # arguments of SGC.attach
+    sharded: bool = True  # whether it runs on shards and on flat partitions
+
+    def held(self, infos: Sequence[Info]) -> int:
+        """Count the state of all trained tensors."""
+        trained = [info for info in infos if info.trained]
+        return sum(map(self.state, trained)) + self.shared(trained)
+
+
+def contenders(dtype: torch.dtype, lora_rank: int, galore_rank: int, apollo_rank: int) -> list[Contender]:
+    """List what a plan compares."""
+    rows = [sgc()]
+    rows += [sgc(sketch_size=k) for k in (8, 32, 128)]
+    rows += [attached(m) for m in (8, 32, 64)]
+    rows += [attached(sketch_size=k) for k in (8, 32)]
+    rows += [adamw(torch.float32)]
+    if dtype is not torch.float32:
+        rows += [adamw(dtype)]
+    rows += [ADAMW_8BIT, ADAFACTOR, galore(galore_rank), apollo(apollo_rank)]
+    rows += [adapters("lora", lora_rank), adapters("qlora", lora_rank), SGD]
+    return rows
+
+
+# ---- SGC -------------------------------------------------------------------------------------------------------------
+
+
+def sgc(**kwargs: Any) -> Contender:
+    """SGC with whole gradients."""
+    words = ", ".join(f"{name}={value}" for name, value in kwargs.items())
+    group = SGC([nn.Parameter(torch.empty(1))], **kwargs).param_groups[0]
+
+    def state(info: Info) -> int:
+        return memory.schema_bytes(memory.state_schema(info.shape, group))
+
+    def shared(infos: Sequence[Info]) -> int:
+        return memory.projection_bytes([info.shape for info in infos], group)
+
+    def step(infos: Sequence[Info]) -> int:
+        return max((step_temporaries(info, frozenset(kwargs.items())) for info in _largest(infos)), default=0)
+
+    return Contender(f"sgc({words})" if words else "sgc", f"SGC({words})", state, step, shared, sgc=kwargs)
+
+
+def attached(sample_every: int | None = None, **kwargs: Any) -> Contender:
+    """SGC with compressed gradients."""
+    whole = sgc(**kwargs)
+    attach = {} if sample_every is None else {"sample_every": sample_every}
+    words = ", ".join(f"{name}={value}" for name, value in {**kwargs, **attach}.items())
+    label = f"SGC({words}), compressed gradients"
+    step = whole.step
+    if not kwargs.get("sketch_size"):
+
+        def step(infos: Sequence[Info]) -> int:
+            sampled = max((math.ceil(info.numel / (sample_every or 8)) for info in infos), default=0)
+            return FP32 * (sampled + 5 * BLOCK_ENTRIES)  # the sum times what clipping made of it; then blockwise
+
+    return replace(whole, spec=f"attached({words})", label=label, step=step, attach=attach, sharded=False)
+
+
+def encode_temporaries(entries: int) -> int:
+    """Bytes that a hook needs to add one gradient to the `entries` fp32 numbers held of it: their like, twice."""
+    return FP32 * (2 * entries + 3 * BLOCK_ENTRIES)
+
+
+def compressor_entries(model: nn.Module, contender: Contender) -> dict[str, int]:
+    """Give the fp32 numbers held of each compressed gradient, by name; `model` is on the meta device."""
+    assert contender.sgc is not None  # asked of SGC alone
+    optimizer = SGC(model.parameters(), **contender.sgc).attach(model, **(contender.attach or {}))
+    names = {param: name for name, param in model.named_parameters()}
+    assert optimizer._compressor is not None  # attached
+    entries = {names[param]: slot.entries for param, slot in optimizer._compressor.slots.items()}
+    optimizer.detach()
+    return entries
+
+
+def _largest(infos: Sequence[Info]) -> list[Info]:
+    """Keep the largest tensor: the others need less."""
+    return sorted(infos, key=lambda info: -info.numel)[:1]
+
+
+@functools.lru_cache(maxsize=256)
+def step_temporaries(info: Info, options: frozenset[tuple[str, Any]]) -> int:
+    """Find what SGC's step on one tensor holds beside weight, gradient and state, by making steps.
+
+    Of a tensor of many rows a strip is stepped: what a step holds grows by the same bytes with every block of rows.
+    """
+    layout = make_layout(info.shape, dict(options).get("chunk_size", 256))
+    rows = next((rows.stop for rows, _ in layout.blocks()), 0)
+    if len(info.shape) != 2 or layout.rows != info.shape[0] or layout.rows <= 2 * STRIP * rows:
+        return _measure_step(info.shape, info.dtype, options)
+    one, two = (_measure_step((times * STRIP * rows, layout.cols), info.dtype, options) for times in (1, 2))
+    return one + round((two - one) * (layout.rows / (STRIP * rows) - 1))
+
+
+def _measure_step(shape: tuple[int, ...], dtype: torch.dtype, options: frozenset[tuple[str, Any]]) -> int:
+    param = nn.Parameter(torch.zeros(shape, dtype=dtype))
+    param.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    optimizer = SGC([param], **dict(options))
+    optimizer.check_ranks = False
+    optimizer.step()
+    tracker = Tracker()
+    for tensor, kind in ((param, "weights"), (param.grad, "gradients")):
+        tracker.mark(tensor, kind)
+    for tensor in optimizer.state[param].values():
+        tracker.mark(tensor, "state")
+    with tracker:
+        optimizer.step()
+    return tracker.peak().temporaries
+
+
+# ---- the others: what their packages hold, read from their source and tested against them ----------------------------
+
+
+def adamw(dtype: torch.dtype) -> Contender:
+    """torch.optim.AdamW(fused=True), with moments in this dtype; its step works in place."""
+
+    def state(info: Info) -> int:
+        return 2 * info.numel * dtype.itemsize + FP32  # and "step"
+
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    return Contender(f"adamw_fused({short})", f"AdamW, {short} state", state, lambda infos: 0)
+
+
+def _adamw_8bit_state(info: Info) -> int:
+    if info.numel < 4096:
+        return 2 * FP32 * info.numel
+    return 2 * (info.numel + FP32 * math.ceil(info.numel / 256))
+
+
+def _quantization_maps(infos: Sequence[Info]) -> int:
+    return 2 * FP32 * 256 if any(info.numel >= 4096 for info in infos) else 0
+
+
+# bitsandbytes 0.50: a byte and a fp32 scale per 256 entries, for each of two moments; small tensors in fp32.
+ADAMW_8BIT = Contender("adamw8bit", "8-bit AdamW", _adamw_8bit_state, lambda infos: 0, _quantization_maps)
+
+
+def _adafactor_state(info: Info) -> int:
+    shape = info.shape
+    factored = math.prod(shape[:-1]) + math.prod(shape[:-2]) * shape[-1] if len(shape) > 1 else info.numel
+    return FP32 * (factored + 1)  # and the RMS of the weight
+
+
+def _adafactor_step(infos: Sequence[Info]) -> int:
+    # fp32: the update and one more; of 16-bit weights also the gradient's and the weight's copies
+    return max((info.numel * FP32 * (2 if info.dtype is torch.float32 else 4) for info in infos), default=0)
+
+
+# transformers' Adafactor without first moment.
+ADAFACTOR = Contender("adafactor", "Adafactor", _adafactor_state, _adafactor_step)
+
+
+def _dense_adam(info: Info) -> int:
+    return 2 * info.numel * info.dtype.itemsize
+
+
+def _is_lowrank(info: Info, rank: int) -> bool:
+    return info.repeated and min(info.shape) > rank
+
+
+def galore(rank: int) -> Contender:
+    """galore-torch 1.0: rank-r moments and projector for the matrices of repeated layers, dense Adam for the rest."""
+
+    def state(info: Info) -> int:
+        if not _is_lowrank(info, rank):
+            return _dense_adam(info)
+        small, large = sorted(info.shape)
+        moments = 2 * rank * large * info.dtype.itemsize
+        if info.dtype is torch.float32:  # its projector is a view that keeps the whole U or Vᵀ of the SVD alive
+            return moments + FP32 * small * small
+        return moments + rank * small * info.dtype.itemsize
+
+    def step(infos: Sequence[Info]) -> int:
+        most = 0
+        for info in infos:
+            update = 2 * info.numel * info.dtype.itemsize
+            if _is_lowrank(info, rank):
+                small, large = sorted(info.shape)
+                copy = 0 if info.dtype is torch.float32 else FP32 * info.numel
+                update = max(update, copy + FP32 * (small * small + small * large))  # SVD at a refresh
+            most = max(most, update)
+        return most
+
+    return Contender(f"galore(rank={rank})", f"GaLore, rank {rank}", state, step, sharded=False)
+
+
+def apollo(rank: int) -> Contender:
+    """apollo-torch 1.0: as GaLore, with a random projector; the update is the scaled gradient."""
+
+    def state(info: Info) -> int:
+        if not _is_lowrank(info, rank):
+            return _dense_adam(info)
+        small, large = sorted(info.shape)
+        return (2 * rank * large + rank * small + 1) * info.dtype.itemsize  # and a norm
+
+    def step(infos: Sequence[Info]) -> int:
+        return max((2 * info.numel * info.dtype.itemsize for info in infos), default=0)
+
+    return Contender(f"apollo(rank={rank})", f"APOLLO, rank {rank}", state, step, sharded=False)
+
+
+def adapters(kind: str, rank: int) -> Contender:
+    """LoRA or QLoRA: fused AdamW on adapters in fp32."""
+    label = {"lora": "LoRA", "qlora": "QLoRA"}[kind]
+    plain = adamw(torch.float32)
+    return replace(plain, spec=f"{kind}(rank={rank})", label=f"{label}, rank {rank}", adapter=kind)
+
+
+SGD = Contender("sgd", "SGD, no momentum", lambda info: 0, lambda infos: 0)
