@@ -69,6 +69,7 @@ class Scored:
         self.buyer = self.key.buyer()
         self.own = score.shares(self.buyer)
         self.kept = score.kept_directions(self.own)
+        self.weight = score.weights(self.own, self.kept)
         self.v = torch.linalg.svd(buyer - buyer.mean(0), full_matrices=False).Vh[:DIRECTIONS].T.contiguous()
         self.cross = StreamingMoments(self.v, cross=True).update(buyer).cross()
         self.width = torch.cdist(buyer, buyer).median()
@@ -76,17 +77,9 @@ class Scored:
 
     def measures(self, seller: Tensor) -> dict[str, float]:
         """Give every measure, more being better, from the answer or (reference, MMD) from the rows themselves."""
-        m = self.key.seller(answer(self.query, [seller], self.encoder, "seller"))
-        s, own, kept = score.shares(m), self.own, self.kept
-        overlap, weight = score.overlaps(own, s, kept), score.weights(own, kept)
-        ours = (
-            score.relevance(overlap, weight),
-            score.diversity(overlap, weight),
-            score.volume(self.buyer, m, kept),
-            score.dispersion(own, s, kept),
-            *(measure(own, s, kept) for measure in (score.l2, score.cosine, score.correlation)),
-            score.vendi(m),
-        )
+        m = score.side(self.key.seller(answer(self.query, [seller], self.encoder, "seller")))
+        mine = score.side(self.buyer)
+        ours = [score.MEASURES[name](mine, m, self.kept, self.weight) for name in OURS]
         stream = StreamingMoments(self.v, cross=True).update(seller)
         cross, projected = stream.cross(), stream.moments()
         theirs_own, theirs = reference.norm_values(self.cross), reference.norm_values(cross)

@@ -19,11 +19,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from federated.market import honesty
 from federated.market.features import ArrayFeatures, Extractor, batches, features, make_extractor, open_rows
 from federated.market.privacy import Ledger, private_answer
 from federated.market.query import DECOYS, DIRECTIONS, BuyerKey, BuyerQuery, SellerResponse, _write, answer, make_query
-from federated.market.rank import MEASURES, Portfolio, Ranked, portfolio, rank
+from federated.market.rank import Portfolio, Ranked, portfolio, rank
+from federated.market.score import MEASURES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"sgc-market: {error}", file=sys.stderr)
+    except (ValueError, OSError, EOFError, ImportError) as error:
+        print(f"sgc-market: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
@@ -89,6 +92,10 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _open(args: argparse.Namespace) -> tuple[Extractor, dict[str, Any]]:
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):  # the latter of a torch without CUDA
+        raise ValueError(f"--device must be one that this torch finds, got {args.device!r}") from None
     rows = open_rows(args.data, args.split)
     if args.encoder == "vectors":
         shape = getattr(rows, "shape", None)
@@ -124,13 +131,16 @@ def _answer(args: argparse.Namespace) -> None:
     query.encoder.check(extractor.encoder)  # before hours of embedding
     stream = batches(extractor, **options)
     if args.epsilon is None:
-        if args.ledger or args.budget:
+        if args.ledger is not None or args.budget is not None:
             raise ValueError("--ledger and --budget need --epsilon")
         response = answer(query, stream, extractor.encoder, args.name)
     else:
         ledger = None
-        if args.ledger:
-            ledger = Ledger(args.ledger, epsilon=args.budget or args.epsilon, delta=args.delta)
+        if args.ledger is not None:
+            budget = args.epsilon if args.budget is None else args.budget
+            ledger = Ledger(args.ledger, epsilon=budget, delta=args.delta)
+        elif args.budget is not None:
+            raise ValueError("--budget needs --ledger, the file that adds up what answers spend")
         response = private_answer(
             query,
             stream,
@@ -157,21 +167,26 @@ def _rank(args: argparse.Namespace) -> None:
         found[response.query][response.seller] = response
     key, *others = keys.values()
     answers = found[key.query]
+    if args.price and args.budget is None:
+        raise ValueError("--price needs --budget")
+    for other in others:
+        for name in sorted(found[other.query].keys() - answers.keys()):
+            raise ValueError(f"{name!r} must answer the query of the first --key, too")
     findings = {name: honesty.audit(key, response) for name, response in answers.items()}
     for other in others:
         for name, response in found[other.query].items():
-            findings.setdefault(name, []).extend(honesty.audit(other, response))
-            if name in answers:
-                findings[name].append(honesty.audit_pair((key, answers[name]), (other, response)))
+            findings[name].extend(honesty.audit(other, response))
+            findings[name].append(honesty.audit_pair((key, answers[name]), (other, response)))
     sellers = {name: key.seller(response) for name, response in answers.items()}
     ranked = rank(key.buyer(), sellers, by=args.by, confidence=args.confidence)
     bought = None
     if args.budget is not None:
         prices = {**dict.fromkeys(sellers, 1.0), **_prices(args.price, sellers)}
-        bought = portfolio(key.buyer(), sellers, budget=args.budget, prices=prices)
+        honest = {name: m for name, m in sellers.items() if not any(f.suspicious for f in findings[name])}
+        bought = portfolio(key.buyer(), honest, budget=args.budget, prices=prices)
     if args.json:
         _write(args.json, json.dumps(record(ranked, findings, bought), indent=1).encode())
-    print(table(ranked, findings))
+    print(table(ranked, findings, args.by))
     if bought is not None:
         print(describe(bought))
 
@@ -189,17 +204,18 @@ def _prices(texts: list[str], sellers: dict[str, Any]) -> dict[str, float]:
     return prices
 
 
-def table(ranked: Sequence[Ranked], findings: dict[str, list[honesty.Finding]]) -> str:
+def table(ranked: Sequence[Ranked], findings: dict[str, list[honesty.Finding]], by: str = "relevance") -> str:
     """Lay out a ranking, one seller in a line, with what its audit found."""
     width = max(len("seller"), *(len(r.seller) for r in ranked))
-    lines = [f"rank        {'seller':{width}}  relevance      diversity      volume   rows"]
+    shown = [by, *(m for m in ("relevance", "diversity", "volume") if m != by)]
+    lines = [f"rank        {'seller':{width}}  " + "".join(f"{m:16}" for m in shown) + "   rows"]
     for r in ranked:
         doubts = "; ".join(f.sentence for f in findings.get(r.seller, []) if f.suspicious)
         lines.append(
             f"{r.rank:>4} {f'{r.rank_low}–{r.rank_high}':<6} {r.seller:{width}}  "
-            f"{r.relevance.value:.3f} ± {r.relevance.standard_error:.3f}  "
-            f"{r.diversity.value:.3f} ± {r.diversity.standard_error:.3f}  "
-            f"{r.volume:6.2f} {r.rows:>7}" + (f"  ! {doubts}" if doubts else "")
+            + "".join(f"{r.scores[m].value:6.3f} ± {r.scores[m].standard_error:.3f} " for m in shown)
+            + f"{r.rows:>7}"
+            + (f"  ! {doubts}" if doubts else "")
         )
     return "\n".join(lines)
 
@@ -220,9 +236,8 @@ def record(
     return {
         "ranking": [
             {
-                **asdict(r),
-                "relevance": r.relevance._asdict(),
-                "diversity": r.diversity._asdict(),
+                **{name: x for name, x in asdict(r).items() if name != "scores"},
+                **{name: x._asdict() for name, x in r.scores.items()},
                 "audit": [asdict(f) for f in findings.get(r.seller, [])],
             }
             for r in ranked

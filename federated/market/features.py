@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from torch import Tensor
 from federated.market.query import Encoder
 from sgc.codec import Codec
 
+MAX_SIZE = 256  # of an image's side: its pixels must be a dimension that a query can have
 SHARD_ROWS = 256  # rows read, embedded and cached together
 TEXT_POOLING, VISION_POOLING = ("mean", "cls", "last"), ("cls", "spatial", "features")
 
@@ -33,6 +34,10 @@ class Extractor(Protocol):
     @property
     def encoder(self) -> Encoder:
         """The fingerprint, which both sides must share."""
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether it reads all columns of a row, and not one."""
 
     def embed(self, rows: Sequence[Any]) -> Tensor:
         """Embed rows: (m, D) fp32."""
@@ -52,7 +57,7 @@ def batches(
         extractor: makes the vectors.
         dataset: a `datasets.Dataset` or `IterableDataset`, or any iterable of rows.
         columns: of rows that are dicts, the one to embed, or for gradients those that the model is to be given; None
-            takes the only column, or all of them for gradients.
+            takes the only column but "label", or all of them for gradients.
         cache: a folder, or None for none.
         progress: show a bar on the terminal.
 
@@ -64,11 +69,11 @@ def batches(
     """
     from tqdm import tqdm
 
-    folder = None if cache is None else Path(cache).expanduser() / extractor.encoder.digest[:32]
-    total = len(dataset) if hasattr(dataset, "__len__") else None
+    folder = None if cache is None else Path(cache).expanduser() / extractor.encoder.identifier[:32]
+    total = len(dataset) if isinstance(dataset, Sized) else None
     with tqdm(total=total, unit=" rows", desc=extractor.encoder.name, disable=None if progress else True) as bar:
         rows = iter(dataset)
-        while shard := [_pick(row, columns) for row in islice(rows, SHARD_ROWS)]:
+        while shard := [_pick(row, columns, extractor.whole_rows) for row in islice(rows, SHARD_ROWS)]:
             yield _cached(extractor, shard, folder)
             bar.update(len(shard))
 
@@ -79,16 +84,21 @@ def features(extractor: Extractor, dataset: Iterable[Any], **kwargs: Any) -> Ten
     return torch.cat(parts) if parts else torch.empty(0, extractor.encoder.dimension)
 
 
-def _pick(row: Any, columns: str | Sequence[str] | None) -> Any:
+def _pick(row: Any, columns: str | Sequence[str] | None, whole: bool) -> Any:
     if not isinstance(row, dict):
         return row
-    names = list(row) if columns is None else [columns] if isinstance(columns, str) else list(columns)
+    if columns is None:
+        names = [name for name in row if whole or name not in ("label", "labels")] or list(row)
+    else:
+        names = [columns] if isinstance(columns, str) else list(columns)
     missing = [name for name in names if name not in row]
     if missing:
         raise ValueError(f"there is no column {missing[0]!r}, only {', '.join(map(repr, row))}")
-    if columns is None and len(names) > 1 and not {"label", "labels"} & set(names):
-        raise ValueError(f"one column must be chosen among {', '.join(map(repr, names))}")
-    return row[names[0]] if len(names) == 1 else {name: row[name] for name in names}
+    if whole:
+        return {name: row[name] for name in names}
+    if len(names) != 1:
+        raise ValueError(f"one column must be chosen among {', '.join(map(repr, row))}")
+    return row[names[0]]
 
 
 def _cached(extractor: Extractor, rows: list[Any], folder: Path | None) -> Tensor:
@@ -131,6 +141,7 @@ def _content_digest(rows: list[Any]) -> str:
 def _content(row: Any) -> Iterator[bytes]:
     """Give a row's content as bytes, each part with its type, so that different rows never look the same."""
     if isinstance(row, dict):
+        yield f"dict {len(row)}".encode()
         for key in sorted(row):
             yield from (b"key", str(key).encode())
             yield from _content(row[key])
@@ -141,8 +152,8 @@ def _content(row: Any) -> Iterator[bytes]:
     elif isinstance(row, Tensor):
         yield from (f"tensor {row.dtype} {tuple(row.shape)}".encode(), row.contiguous().cpu().numpy().tobytes())
     elif hasattr(row, "mode") and hasattr(row, "tobytes"):  # PIL
-        yield from (f"image {row.mode} {row.size}".encode(), row.tobytes())
-    elif hasattr(row, "dtype") and hasattr(row, "tobytes"):  # numpy
+        yield from (f"image {row.mode} {row.size}".encode(), row.tobytes(), bytes(row.getpalette() or ()))
+    elif hasattr(row, "dtype") and hasattr(row, "tobytes") and not row.dtype.hasobject:  # numpy
         yield from (f"array {row.dtype} {row.shape}".encode(), row.tobytes())
     elif isinstance(row, (list, tuple)):
         yield f"list {len(row)}".encode()
@@ -157,12 +168,28 @@ def _digest(description: dict[str, Any], state: dict[str, Tensor] | None = None)
     digest = hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode())
     for name, weight in sorted((state or {}).items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _unit(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x, dim=1)
+
+
+def _tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
+    """Give all that decides which tokens a text becomes: vocabulary, merges, normalisation, special tokens."""
+    settings: dict[str, Any] = {
+        "tokenizer": type(tokenizer).__name__,
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+    }
+    settings["special"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        steps = json.loads(backend.to_str())
+        return settings | {name: x for name, x in steps.items() if name not in ("truncation", "padding")}
+    return settings | {
+        "init": {k: str(v) for k, v in tokenizer.init_kwargs.items() if "path" not in k and "file" not in k}
+    }
 
 
 class ArrayFeatures:
@@ -176,6 +203,7 @@ class ArrayFeatures:
 
     def __init__(self, dimension: int, name: str = "vectors", *, normalize: bool = False) -> None:
         self.encoder = Encoder(name, _digest({"kind": "array", "name": name}), "none", normalize, dimension)
+        self.whole_rows = False
 
     def embed(self, rows: Sequence[Any]) -> Tensor:
         """Stack vectors."""
@@ -194,12 +222,18 @@ class PixelFeatures:
     Args:
         size: of a side.
         normalize: scale rows to unit norm.
+
+    Raises:
+        ValueError: a size that is not from 1 to 256.
     """
 
     def __init__(self, size: int = 28, *, normalize: bool = True) -> None:
+        if not 1 <= size <= MAX_SIZE:
+            raise ValueError(f"the size of an image must be from 1 to {MAX_SIZE}, got {size}")
         self.size = size
         digest = _digest({"kind": "pixels", "size": size, "version": 1})
         self.encoder = Encoder(f"pixels-{size}", digest, "none", normalize, size * size)
+        self.whole_rows = False
 
     def embed(self, rows: Sequence[Any]) -> Tensor:
         """Read PIL images, or arrays (h, w) or (h, w, 3) of bytes, or of floats in [0, 1]."""
@@ -258,7 +292,7 @@ class HuggingFaceFeatures:
 
         config = AutoConfig.from_pretrained(name, revision=revision)
         self.model = AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32).eval().to(device)
-        self.batch_size, self.max_length = batch_size, max_length
+        self.batch_size, self.max_length, self.whole_rows = batch_size, max_length, False
         self.joint = hasattr(self.model, "get_image_features")
         self.vision = self.joint or self.model.main_input_name == "pixel_values"
         if self.vision:
@@ -271,8 +305,7 @@ class HuggingFaceFeatures:
                 self.processor.pad_token = self.processor.eos_token
             self.processor.padding_side = "right"  # the last token is found by the mask
             self.max_length = min(max_length, self.processor.model_max_length)
-            words = sorted(self.processor.get_vocab().items())
-            settings = {"tokenizer": type(self.processor).__name__, "vocabulary": words, "max_length": self.max_length}
+            settings = {**_tokenizer_settings(self.processor), "max_length": self.max_length}
         else:
             raise ValueError(f"an encoder must read text or images, got {name!r} with {self.model.main_input_name}")
         self.pooling = pooling or self._own_pooling(name, revision)
@@ -285,14 +318,15 @@ class HuggingFaceFeatures:
         state = {k: v for k, v in self.model.state_dict().items() if not k.startswith("pooler.")}
         with torch.no_grad():
             dimension = self.embed([self._probe()]).shape[1]
-        title = re.sub(r"[^\x21-\x7e]", "?", Path(name).name)[:40]
+        title = re.sub(r"[^\x21-\x7e]", "?", (Path(name).resolve() if Path(name).is_dir() else Path(name)).name)[:40]
+        title = title or "encoder"
         commit = getattr(config, "_commit_hash", None)
         self.encoder = Encoder(
             f"{title}@{commit[:12]}" if commit else title, _digest(settings, state), self.pooling, normalize, dimension
         )
 
     def _own_pooling(self, name: str, revision: str | None) -> str:
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
 
         if self.joint:
             return "features"
@@ -304,7 +338,7 @@ class HuggingFaceFeatures:
             file = cached_file(
                 name, "1_Pooling/config.json", revision=revision, _raise_exceptions_for_missing_entries=False
             )
-            modes = json.loads(Path(file).read_text())
+            modes = json.loads(Path(file or "").read_text())
             for mode, word in (("mean_tokens", "mean"), ("cls_token", "cls"), ("lasttoken", "last")):
                 if modes.get(f"pooling_mode_{mode}"):
                     return word
@@ -323,8 +357,6 @@ class HuggingFaceFeatures:
             images = [self._image(row) for row in rows]
             inputs = {"pixel_values": self.processor(images, return_tensors="pt")["pixel_values"]}
         else:
-            if not all(isinstance(row, str) for row in rows):
-                raise ValueError(f"{self.model.config.model_type} reads text, got {type(rows[0]).__name__}")
             inputs = dict(
                 self.processor(
                     list(rows), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
@@ -346,7 +378,12 @@ class HuggingFaceFeatures:
     @torch.no_grad()
     def embed(self, rows: Sequence[Any]) -> Tensor:
         """Embed texts or images (PIL, or arrays of bytes, or of floats in [0, 1])."""
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i])) if not self.vision else list(range(len(rows)))
+        order = list(range(len(rows)))
+        if not self.vision:
+            other = next((row for row in rows if not isinstance(row, str)), None)
+            if not all(isinstance(row, str) for row in rows):
+                raise ValueError(f"{self.model.config.model_type} reads text, got {type(other).__name__}")
+            order.sort(key=lambda i: len(rows[i]))
         parts = []
         for start in range(0, len(rows), self.batch_size):
             inputs = self._inputs([rows[i] for i in order[start : start + self.batch_size]])
@@ -490,10 +527,11 @@ class GradientFeatures:
             "codec": repr(self.codec),
             "max_length": max_length,
             "model": type(model).__name__,
-            "vocabulary": sorted(tokenizer.get_vocab().items()),
+            **_tokenizer_settings(tokenizer),
         }
         digest = _digest(settings, dict(model.state_dict()))
         self.encoder = Encoder(name, digest, "sketched gradients", normalize, min(sketch_size, self.entries))
+        self.whole_rows = True
 
     def embed(self, rows: Sequence[Any]) -> Tensor:
         """Sketch the gradient of every row's loss."""
@@ -537,5 +575,6 @@ class GradientFeatures:
             inputs = {"input_ids": ids[None], "labels": label[None]}
             return functional_call(self.model, {**self._fixed, **free}, kwargs=inputs).loss
 
-        found = vmap(grad(loss), in_dims=(None, 0, 0))(self._free, ids, labels)
+        device = next(iter(self._free.values())).device
+        found = vmap(grad(loss), in_dims=(None, 0, 0))(self._free, ids.to(device), labels.to(device))
         return torch.cat([found[n].flatten(1) for n in self._free], 1).float()

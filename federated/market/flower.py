@@ -7,6 +7,7 @@ responses, refusals = ask(grid, query)             # in the buyer's ServerApp
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -101,7 +102,7 @@ def ask(
 
     Returns:
         The answers, and by node what it said instead: a seller's refusal, or what is wrong with its answer. Who did not
-        answer in time is in neither.
+        answer in time is in neither. Nodes that answer in one name are all refused, since nobody knows whose it is.
 
     Raises:
         RuntimeError: fewer sellers came in time.
@@ -113,7 +114,8 @@ def ask(
         time.sleep(0.2)  # a Grid has no call that waits for nodes
     content = RecordDict({"query": ConfigRecord({"file": query.to_bytes()})})
     replies = grid.send_and_receive([Message(content, node, MessageType.QUERY) for node in nodes], timeout=timeout)
-    responses, refusals = [], {}
+    responses: dict[int, SellerResponse] = {}
+    refusals: dict[int, str] = {}
     for reply in replies:
         node = reply.metadata.src_node_id
         if not reply.has_content():
@@ -126,10 +128,16 @@ def ask(
             response = SellerResponse.from_json(str(record["response"]))
             if response.query != query.identifier:
                 raise ValueError("it answers another query, or an altered one")
-            responses.append(response)
+            responses[node] = response
         except (ValueError, KeyError) as error:
             refusals[node] = str(error)
-    return responses, refusals
+    names = Counter(response.seller for response in responses.values())
+    refusals |= {
+        node: f"{names[response.seller]} nodes answer in the name of {response.seller!r}"
+        for node, response in responses.items()
+        if names[response.seller] > 1
+    }
+    return [response for node, response in responses.items() if node not in refusals], refusals
 
 
 def _plain(text: str) -> str:

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from federated.market.privacy import gaussian_ratio, noise_scales
 from federated.market.query import BuyerKey, SellerResponse
 from federated.market.score import Moments
 
 ALPHA = 1e-3  # false alarms of one test
+NOISE = 0.03  # by which stated noise may miss its formula: a basis is orthonormal but for rounding
 ROUNDING = 1e-5  # relative to the energy: fp32 directions and block sums, and another device's order of sums
 
 
@@ -34,7 +36,8 @@ class Finding:
 def audit(key: BuyerKey, response: SellerResponse, *, alpha: float = ALPHA) -> list[Finding]:
     """Test one answer.
 
-    *possible*: the covariance has no negative eigenvalue, and what lies along the directions is no more than all.
+    *possible*: the covariance has no negative eigenvalue, what lies along the directions is no more than all, and noise
+    is stated as large as the stated budget takes, and no larger: a liar could hide behind it.
     *decoys*: a random direction outside the buyer's own holds, on average over such directions, the (D − κ − 1)-th part
     of what the seller has outside them. For J of them the ratio T of the two is at most χ²_J/J in the tail, with
     equality for a seller all of whose rest lies in one direction, so P(J·T ≥ x) ≤ P(χ²_J ≥ x) for every data set.
@@ -50,7 +53,7 @@ def audit(key: BuyerKey, response: SellerResponse, *, alpha: float = ALPHA) -> l
         ValueError: the response answers another query.
     """
     moments = key.turned(response)
-    return [_possible(moments, alpha), _decoys(key, moments, alpha), _copy(key, moments, alpha)]
+    return [_possible(key, moments, alpha, _noise(response)), _decoys(key, moments, alpha), _copy(key, moments, alpha)]
 
 
 def audit_pair(
@@ -76,12 +79,10 @@ def audit_pair(
     ):
         raise ValueError("both queries must come from the same rows of one buyer, with the same number of directions")
     a, b = key.seller(response), other_key.seller(other_response)
-    # an eigenvector's sign may differ between the queries, and with it that of off-diagonal numbers
-    flip = torch.where(key.buyer().mean * other_key.buyer().mean < 0, -1.0, 1.0).double()
     i, j = torch.triu_indices(k, k)
     weight = torch.where(i == j, 1.0, math.sqrt(2)).double()
-    second_difference = (a.second - b.second * torch.outer(flip, flip))[i, j] * weight
-    mean_difference = a.mean - b.mean * flip
+    second_difference = (a.second - b.second)[i, j] * weight
+    mean_difference = a.mean - b.mean
     tolerance = ROUNDING * a.energy
     statistic = float(
         (second_difference.square() / (a.second_noise**2 + b.second_noise**2 + tolerance**2)).sum()
@@ -93,19 +94,36 @@ def audit_pair(
     return _finding("consistent", p, alpha, "its two answers disagree", "its two answers agree")
 
 
-def _possible(moments: Moments, alpha: float) -> Finding:
-    noise = moments.second_noise * (2 * math.sqrt(len(moments.mean)) + _sigmas(alpha)) + 2 * moments.mean_noise
-    slack = ROUNDING * moments.energy + noise
+def _noise(response: SellerResponse) -> float:
+    """Give the noise of the means, as a share of the clip, that the budget an answer states takes."""
+    if response.epsilon is None or response.delta is None:
+        return 0.0
+    return noise_scales(response.moments.rows, 1.0, gaussian_ratio(response.epsilon, response.delta))[0]
+
+
+def _possible(key: BuyerKey, moments: Moments, alpha: float, stated: float) -> Finding:
+    k, sigmas, rounding = len(moments.mean), _sigmas(alpha), ROUNDING * moments.energy
+    # with m the noisy mean and n its noise, Σ̂ = Σ + N − (mnᵀ + nmᵀ) + nnᵀ: no eigenvalue is below −‖N‖ − 2‖m‖‖n‖
+    shift = 2 * float(moments.mean.norm()) * moments.mean_noise * (math.sqrt(k) + sigmas)
+    slack = rounding + moments.second_noise * (math.sqrt(2 * k) + sigmas) + shift
     least = float(torch.linalg.eigvalsh(moments.covariance)[0])
     excess = float(moments.second.trace()) - moments.energy
-    impossible = least < -slack or excess > slack * math.sqrt(len(moments.mean))
-    return _finding(
-        "possible",
-        0.0 if impossible else 1.0,
-        alpha,
-        f"no data have such moments (least variance {least:.3g}, {excess:.3g} more along the directions than at all)",
-        "its moments are those of some data",
+    impossible = least < -slack or excess > rounding + moments.second_noise * sigmas * math.sqrt(k + 1)
+    sentence = (
+        f"no data have such moments (least variance {least:.3g}, {excess:.3g} more along the directions than at all)"
     )
+    if key.normalize and moments.energy > 1 + ROUNDING:
+        impossible, sentence = True, f"rows of unit norm can't have an energy of {moments.energy:.7g}"
+    if moments.mean_noise > 0:
+        clip = moments.second_noise / moments.mean_noise
+        if moments.energy > clip**2 * (1 + ROUNDING) + moments.second_noise * sigmas:
+            impossible, sentence = True, f"rows clipped to {clip:.3g} can't have an energy of {moments.energy:.3g}"
+        elif key.normalize and abs(clip - 1) > ROUNDING:
+            impossible, sentence = True, f"rows of unit norm are clipped to 1, and it states {clip:.3g}"
+        elif abs(moments.mean_noise - stated * clip) > NOISE * stated * clip:
+            impossible = True
+            sentence = f"it states noise of {moments.mean_noise:.3g}, and its budget takes {stated * clip:.3g}"
+    return _finding("possible", 0.0 if impossible else 1.0, alpha, sentence, "its moments are those of some data")
 
 
 def _decoys(key: BuyerKey, moments: Moments, alpha: float) -> Finding:

@@ -2,15 +2,18 @@
 
 Every row is scaled down to norm ≤ `clip` before it counts. Along orthonormal directions a row x adds to the answer
 f(x) = (Vᵀx, upper triangle of (Vᵀx)(Vᵀx)ᵀ with √2 off the diagonal, ‖x‖²), each part scaled so that its norm is at most
-1: by 1/C, 1/C² and 1/C². Replacing one of n rows therefore moves the mean of f by at most 2·√3/n (2·√2/n where every
-row has unit norm and the energy is known to be 1), whatever the rows are. The number of rows is public.
+1: by 1/C, 1/C² and 1/C². Replacing one of n rows moves the mean of f by at most 3/(√2·n), whatever the rows are: with
+a = Vᵀx/C, b = Vᵀx'/C, c = a·b, s = ‖b‖² and ‖x'‖ the smaller of the two,
+
+‖f(x) − f(x')‖² ≤ [‖a‖² + ‖a‖⁴] + [s + s² + (1 − s)²] + [−2c − 2c²] ≤ 2 + 2 + 1/2,
+
+which unit rows with a·b = −1/2 attain, whether or not the energy is released. The number of rows is public.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +21,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from federated.market.query import BuyerQuery, Encoder, SellerResponse, _name, _parse, _read, _write, collect
+from federated.market.query import (
+    BuyerQuery,
+    Encoder,
+    SellerResponse,
+    _name,
+    _parse,
+    _read,
+    _write,
+    collect,
+    normal,
+)
 from federated.market.score import Moments
+
+SENSITIVITY = 3 / math.sqrt(2)  # of the sum of f over rows, replacing one
 
 
 def gaussian_delta(epsilon: float, ratio: float) -> float:
@@ -133,21 +148,20 @@ def private_answer(
     ratio = gaussian_ratio(epsilon, delta)
     if ledger is not None:
         ledger.charge(ratio)
-    noisy = add_noise(moments, clip, ratio, known_energy=encoder.normalize)
+    stretch = max(1.0, float(torch.linalg.matrix_norm(query.directions.double(), 2)))  # orthonormal but for rounding
+    noisy = add_noise(moments, clip, ratio / stretch**2, known_energy=encoder.normalize)
     return SellerResponse(query.identifier, _name(seller, "seller"), noisy, epsilon, delta)
 
 
-def noise_scales(rows: int, clip: float, ratio: float, *, known_energy: bool) -> tuple[float, float]:
+def noise_scales(rows: int, clip: float, ratio: float) -> tuple[float, float]:
     """Standard deviations of the noise of means and of second moments, from sizes alone.
 
     Args:
         rows: n.
         clip: C.
         ratio: μ, sensitivity over standard deviation.
-        known_energy: whether ‖x‖ is the same for all rows, so that the energy is not released.
     """
-    sensitivity = 2 * math.sqrt(2 if known_energy else 3) / rows
-    scale = sensitivity / ratio
+    scale = SENSITIVITY / rows / ratio
     return scale * clip, scale * clip**2
 
 
@@ -163,18 +177,17 @@ def add_noise(
         known_energy: whether every row has norm C exactly; then the energy needs no noise.
         generator: for tests; None draws from the system's randomness.
     """
-    generator = generator or torch.Generator().manual_seed(secrets.randbits(63))
     k, n = len(moments.mean), moments.rows
-    mean_noise, second_noise = noise_scales(n, clip, ratio, known_energy=known_energy)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    mean = moments.mean + mean_noise * normal(k)
-    upper = torch.triu(normal(k, k))
+    mean_noise, second_noise = noise_scales(n, clip, ratio)
+    mean = moments.mean + mean_noise * normal(k, generator=generator)
+    upper = torch.triu(normal(k, k, generator=generator))
     upper.diagonal().mul_(math.sqrt(2))
     second = moments.second + second_noise / math.sqrt(2) * (torch.triu(upper) + torch.triu(upper, 1).T)
-    energy = clip**2 if known_energy else max(moments.energy + second_noise * float(normal()), 1e-3 * clip**2)
+    energy = (
+        clip**2
+        if known_energy
+        else max(moments.energy + second_noise * float(normal(1, generator=generator)), 1e-3 * clip**2)
+    )
     variance = (second - torch.outer(mean, mean)).diagonal().clamp_min(0)
     return replace(
         moments,

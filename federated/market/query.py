@@ -14,11 +14,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
-import secrets
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,12 @@ class Encoder:
     pooling: str
     normalize: bool
     dimension: int
+
+    @property
+    def identifier(self) -> str:
+        """A digest of all that is compared."""
+        compared = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "name"}
+        return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
 
     def check(self, other: Encoder) -> None:
         """Raise ValueError with a sentence where another fingerprint differs from this one."""
@@ -118,7 +124,9 @@ class BuyerQuery:
         Raises:
             ValueError: anything in the file is not as it must be.
         """
-        return cls.from_bytes(_read(Path(path), "query", MAX_QUERY_BYTES))
+        data = _read(Path(path), "query", MAX_QUERY_BYTES)
+        with _naming(path):
+            return cls.from_bytes(data)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> BuyerQuery:
@@ -183,7 +191,9 @@ class SellerResponse:
         Raises:
             ValueError: anything in the file is not as it must be.
         """
-        return cls.from_json(_read(Path(path), "response", MAX_RESPONSE_BYTES))
+        data = _read(Path(path), "response", MAX_RESPONSE_BYTES)
+        with _naming(path):
+            return cls.from_json(data)
 
     @classmethod
     def from_json(cls, text: bytes | str) -> SellerResponse:
@@ -221,6 +231,7 @@ class SellerResponse:
         epsilon, delta = (
             None if record[name] is None else _number(record[name], name) for name in ("epsilon", "delta")
         )
+        _plausible(moments, epsilon, delta)
         return cls(
             _text(record["query"], "query", r"[0-9a-f]{64}"), _name(record["seller"], "seller"), moments, epsilon, delta
         )
@@ -236,6 +247,7 @@ class BuyerKey:
         decoys: J, how many of the last columns are decoys.
         moments: the buyer's along all K, in that order.
         dimension: D.
+        normalize: whether the encoder makes rows of unit norm.
     """
 
     query: str
@@ -243,6 +255,7 @@ class BuyerKey:
     decoys: int
     moments: Moments
     dimension: int
+    normalize: bool
 
     @property
     def directions(self) -> int:
@@ -278,6 +291,7 @@ class BuyerKey:
         m = self.moments
         header = {"kind": "key", "version": VERSION, "query": self.query, "decoys": self.decoys, "rows": m.rows}
         header |= {"dimension": self.dimension, "energy": m.energy, "energy_se": m.energy_se}
+        header |= {"normalize": self.normalize}
         tensors = {"rotation": self.rotation, "mean": m.mean, "second": m.second, "variance_se": m.variance_se}
         data = save({name: x.contiguous() for name, x in tensors.items()}, {"sgc_market": json.dumps(header)})
         _write(Path(path), data, mode=0o600)
@@ -285,8 +299,14 @@ class BuyerKey:
     @classmethod
     def load(cls, path: str | Path) -> BuyerKey:
         """Read a key; raises ValueError as `BuyerQuery.load` does."""
-        tensors, header = _tensors(_read(Path(path), "key", MAX_QUERY_BYTES), "key")
-        names = {"kind", "version", "query", "decoys", "rows", "dimension", "energy", "energy_se"}
+        data = _read(Path(path), "key", MAX_QUERY_BYTES)
+        with _naming(path):
+            return cls._from_bytes(data)
+
+    @classmethod
+    def _from_bytes(cls, data: bytes) -> BuyerKey:
+        tensors, header = _tensors(data, "key")
+        names = {"kind", "version", "query", "decoys", "rows", "dimension", "energy", "energy_se", "normalize"}
         _fields(header, names, "key")
         if set(tensors) != {"rotation", "mean", "second", "variance_se"}:
             raise ValueError("a key must hold rotation, mean, second and variance_se")
@@ -296,13 +316,19 @@ class BuyerKey:
         for name, shape in shapes.items():
             if tuple(t[name].shape) != shape:
                 raise ValueError(f"a key's '{name}' must have the shape {shape}, got {tuple(t[name].shape)}")
+            if not torch.isfinite(t[name]).all():
+                raise ValueError(f"a key's '{name}' must be finite")
+        if not float((t["rotation"].T @ t["rotation"] - torch.eye(k)).abs().max()) <= ORTHONORMAL:
+            raise ValueError("a key's 'rotation' must be orthogonal")
         counts = {name: header[name] for name in ("rows", "decoys", "dimension")}
         if not all(type(n) is int and 0 <= n <= MAX_ROWS for n in counts.values()) or not counts["decoys"] < k:
             raise ValueError(f"a key's rows, decoys and dimension must be counts, got {_short(counts)}")
+        if type(header["normalize"]) is not bool:
+            raise ValueError(f"a key's 'normalize' must be true or false, got {_short(header['normalize'])}")
         energy, energy_se = (_number(header[name], name) for name in ("energy", "energy_se"))
         moments = Moments(counts["rows"], t["mean"], t["second"], energy, t["variance_se"], energy_se)
         query = _text(header["query"], "query", r"[0-9a-f]{64}")
-        return cls(query, t["rotation"], counts["decoys"], moments, counts["dimension"])
+        return cls(query, t["rotation"], counts["decoys"], moments, counts["dimension"], header["normalize"])
 
 
 def _first(moments: Moments, count: int) -> Moments:
@@ -341,6 +367,11 @@ def make_query(
     if x.ndim != 2 or x.shape[1] != encoder.dimension:
         raise ValueError(f"rows must have the encoder's dimension {encoder.dimension}, got shape {tuple(x.shape)}")
     n, dimension = x.shape
+    if dimension > MAX_DIMENSION or directions + 1 + decoys > MAX_DIRECTIONS:
+        raise ValueError(
+            f"a query must have at most {MAX_DIRECTIONS} columns of dimension {MAX_DIMENSION}, got "
+            f"{directions} + 1 + {decoys} of {dimension}"
+        )
     if directions < 1 or decoys < 0:
         raise ValueError(f"directions must be at least 1 and decoys not negative, got {directions} and {decoys}")
     if n < ROWS_PER_DIRECTION * directions:
@@ -356,17 +387,16 @@ def make_query(
     if not finite.all():
         raise ValueError(f"every row must be finite, got NaN or infinity in row {int((~finite).nonzero()[0])}")
     true = _true_directions(x.double(), directions)
-    generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
-    options: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
-    random = torch.randn(dimension, decoys, **options)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    random = normal(dimension, decoys, generator=generator)
     random = torch.linalg.qr(random - true @ (true.T @ random)).Q
     basis = torch.cat([true, random - true @ (true.T @ random)], 1)
-    rotation = _random_rotation(basis.shape[1], options)
+    rotation = _random_rotation(basis.shape[1], generator)
     query = BuyerQuery((basis @ rotation.T).float(), encoder)
     moments = moments_along(x, query.directions).turned(rotation)
     own = moments_along(x, basis.float())  # standard errors as measured, not as carried over
     moments = Moments(n, moments.mean, moments.second, moments.energy, own.variance_se, own.energy_se)
-    return query, BuyerKey(query.identifier, rotation, decoys, moments, dimension)
+    return query, BuyerKey(query.identifier, rotation, decoys, moments, dimension, encoder.normalize)
 
 
 def _true_directions(x: Tensor, count: int) -> Tensor:
@@ -378,25 +408,51 @@ def _true_directions(x: Tensor, count: int) -> Tensor:
         raise ValueError(f"the rows must vary along {count} directions, got {rank}: ask for fewer")
     rest = mean - vectors @ (vectors.T @ mean)
     if rest.norm() <= 1e-9 * x.norm(dim=1).max():  # a mean within the span: any direction will do
-        rest = torch.ones_like(mean)
+        rest = torch.zeros_like(mean)
+        rest[vectors.square().sum(1).argmin()] = 1
     rest = rest - vectors @ (vectors.T @ rest)
     rest = rest - vectors @ (vectors.T @ rest)
     return torch.cat([(rest / rest.norm())[:, None], vectors], 1)
 
 
 def leading_eigenvectors(centred: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Give the `count` leading eigenvectors (D, count) and eigenvalues of the covariance of centred rows (n, D)."""
+    """Give the `count` leading eigenvectors (D, count) and eigenvalues of the covariance of centred rows (n, D).
+
+    The largest entry of each is positive: the same sign in every query, so that answers to two can be compared.
+    """
     n, dimension = centred.shape
     if n <= 4 * dimension:
         _, s, vh = torch.linalg.svd(centred, full_matrices=False)
-        return vh[:count].T.contiguous(), s[:count].square() / n
-    value, vector = torch.linalg.eigh(centred.T @ centred / n)
-    return vector[:, -count:].flip(1).contiguous(), value[-count:].flip(0)
+        value, vector = s[:count].square() / n, vh[:count].T
+    else:
+        value, vector = torch.linalg.eigh(centred.T @ centred / n)
+        value, vector = value[-count:].flip(0), vector[:, -count:].flip(1)
+    largest = vector.gather(0, vector.abs().argmax(0, keepdim=True))
+    return vector * torch.where(largest < 0, -1.0, 1.0), value
 
 
-def _random_rotation(k: int, options: dict[str, Any]) -> Tensor:
+def normal(*shape: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw float64 normal numbers; without a generator from the system's randomness, 52 bits each.
+
+    A torch generator on a CPU knows 2³² states apart, whatever the seed: few enough to try them all, and so to take a
+    basis apart, or the noise off an answer.
+
+    Args:
+        shape: of the tensor.
+        generator: for what may be drawn again.
+    """
+    if generator is not None:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+    count = math.prod(shape)
+    if not count:
+        return torch.empty(shape, dtype=torch.float64)
+    bits = torch.frombuffer(bytearray(os.urandom(8 * count)), dtype=torch.int64) >> 12  # signed, 52 bits
+    return torch.special.ndtri((bits.double() + 0.5) / 2**52 + 0.5).reshape(shape)
+
+
+def _random_rotation(k: int, generator: torch.Generator | None) -> Tensor:
     """Draw an orthogonal (k, k) matrix from Haar measure."""
-    q, r = torch.linalg.qr(torch.randn(k, k, **options))
+    q, r = torch.linalg.qr(normal(k, k, generator=generator))
     return q * r.diagonal().sign()
 
 
@@ -526,6 +582,33 @@ def _name(value: Any, name: str) -> str:
     if not isinstance(value, str) or not 1 <= len(value) <= 64 or not value.isprintable():
         raise ValueError(f"'{name}' must be 1 to 64 printable characters, got {_short(value)}")
     return value
+
+
+def _plausible(moments: Moments, epsilon: float | None, delta: float | None) -> None:
+    """Refuse numbers with which scores can't be computed, and noise that nothing accounts for."""
+    m, energy = moments, moments.energy
+    if not 1e-60 <= energy <= 1e60:
+        raise ValueError(f"'energy' must be from 1e-60 to 1e60, got {energy:g}")
+    for name, size, scale in (
+        ("mean", float(m.mean.abs().max()), math.sqrt(energy)), ("second", float(m.second.abs().max()), energy),
+        ("variance_se", float(m.variance_se.max()), energy), ("energy_se", m.energy_se, energy),
+        ("mean_noise", m.mean_noise, math.sqrt(energy)), ("second_noise", m.second_noise, energy),
+    ):  # fmt: skip
+        if not size <= 1e12 * scale:
+            raise ValueError(f"'{name}' must be on the scale of an energy of {energy:g}, got {size:g}")
+    if (epsilon is None) != (delta is None) or epsilon == 0 or (delta is not None and not 0 < delta < 1):
+        raise ValueError(f"'epsilon' and 'delta' must be a budget or both null, got {epsilon} and {delta}")
+    if (epsilon is None) != (m.mean_noise == 0) or (m.mean_noise == 0) != (m.second_noise == 0):
+        raise ValueError("noise must be stated with the 'epsilon' that it buys, and 'epsilon' with its noise")
+
+
+@contextlib.contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Say which file a sentence is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}: '{path}'") from None
 
 
 def _encoder(record: Any) -> Encoder:

@@ -10,22 +10,24 @@ import torch
 from torch import Tensor
 
 from federated.market.score import (
+    MEASURES,
     THRESHOLD,
     Moments,
     Score,
-    diversity,
     draw,
-    inverse_root,
     kept_directions,
+    measure_of,
     overlaps,
+    relative_covariance,
     relevance,
     shares,
-    volume,
+    side,
     weights,
 )
 
+ROUNDING = 1e-12  # of prices and budgets, relative; a gain of less is none
 CREDIT = 10.0  # rows a seller is credited with, over the buyer's: the more, the less a second of a kind is worth
-MEASURES = {"relevance": relevance, "diversity": diversity}
+MOST_DRAWN = 1 << 24  # numbers that one side's draws may have, for memory's sake
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,23 @@ class Ranked:
     rank: int
     rank_low: int  # the best and the worst rank that the data do not contradict
     rank_high: int
-    relevance: Score
-    diversity: Score
-    volume: float  # how much of the buyer's space it covers, at most 0
+    scores: dict[str, Score]  # by every measure
     rows: int
+
+    @property
+    def relevance(self) -> Score:
+        """Its relevance."""
+        return self.scores["relevance"]
+
+    @property
+    def diversity(self) -> Score:
+        """Its diversity."""
+        return self.scores["diversity"]
+
+    @property
+    def volume(self) -> Score:
+        """How much of the buyer's space it covers, at most 0."""
+        return self.scores["volume"]
 
 
 def rank(
@@ -62,45 +77,48 @@ def rank(
     Args:
         buyer: along the directions.
         sellers: name → moments along the same.
-        by: "relevance" or "diversity".
+        by: the name of a measure, of `score.MEASURES`.
         confidence: that all intervals hold at once.
         threshold: relative to the buyer's largest variance.
-        draws: of the bootstrap.
+        draws: of the bootstrap, fewer where a query of very many directions would make them fill the memory.
         seed: of the draws.
 
     Raises:
-        ValueError: no seller, an unknown measure, or a confidence outside (0, 1).
+        ValueError: no seller, an unknown measure, a confidence outside (0, 1), or a seller of other directions.
     """
     if not sellers:
         raise ValueError("at least one seller is needed to rank, got 0")
-    if by not in MEASURES:
-        raise ValueError(f"sellers must be ranked by one of {', '.join(MEASURES)}, got {by!r}")
+    measure_of(by)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), got {confidence}")
+    for name, seller in sellers.items():
+        if len(seller.mean) != len(buyer.mean):
+            raise ValueError(f"{name!r} must have the buyer's {len(buyer.mean)} directions, got {len(seller.mean)}")
     generator = torch.Generator().manual_seed(seed)
     own = shares(buyer)
     kept = kept_directions(own, threshold)
     weight = weights(own, kept)
+    draws = min(draws, max(2, MOST_DRAWN // len(buyer.mean) ** 2))
     drawn = draw(buyer, draws, generator)
-    exact = torch.stack([overlaps(own, shares(s), kept) for s in sellers.values()])  # (J, κ')
-    sample = torch.stack([overlaps(drawn, draw(s, draws, generator), kept) for s in sellers.values()])  # (J, draws, κ')
-    value = MEASURES[by](exact, weight)
-    low, high = rank_intervals(value, MEASURES[by](sample, weight), confidence)
-    errors = {name: measure(sample, weight).std(1) for name, measure in MEASURES.items()}
-    found = [
+    exact, sample = [], []
+    for seller in sellers.values():
+        other = draw(seller, draws, generator)
+        exact.append({name: measure(side(buyer), side(seller), kept, weight) for name, measure in MEASURES.items()})
+        sample.append({name: measure(drawn, other, kept, weight) for name, measure in MEASURES.items()})
+    value = torch.stack([found[by] for found in exact])
+    low, high = rank_intervals(value, torch.stack([found[by] for found in sample]), confidence)
+    ranked = [
         Ranked(
             name,
             int((value > value[j]).sum()) + 1,
             low[j],
             high[j],
-            Score(float(relevance(exact[j], weight)), float(errors["relevance"][j])),
-            Score(float(diversity(exact[j], weight)), float(errors["diversity"][j])),
-            volume(buyer, seller, kept),
+            {m: Score(float(exact[j][m]), float(sample[j][m].std())) for m in MEASURES},
             seller.rows,
         )
         for j, (name, seller) in enumerate(sellers.items())
     ]
-    return sorted(found, key=lambda r: r.rank)
+    return sorted(ranked, key=lambda r: r.rank)
 
 
 def rank_intervals(value: Tensor, sample: Tensor, confidence: float) -> tuple[list[int], list[int]]:
@@ -112,11 +130,14 @@ def rank_intervals(value: Tensor, sample: Tensor, confidence: float) -> tuple[li
         confidence: of all together.
     """
     centred = sample - sample.mean(1, keepdim=True)
-    spread = centred[:, None] - centred[None]  # (J, J, draws)
-    error = spread.std(2)
-    tiny = torch.finfo(error.dtype).eps
-    critical = torch.quantile((spread.abs() / error.clamp_min(tiny)[..., None]).amax((0, 1)), confidence)
-    better = value[:, None] - value[None] > critical * error.clamp_min(tiny)  # better[j, k]: j before k beyond doubt
+    tiny = torch.finfo(sample.dtype).eps
+    error, largest = torch.empty(len(value), len(value), dtype=sample.dtype), torch.zeros_like(sample[0])
+    for j, row in enumerate(centred):  # pair by pair would take sellers² × draws numbers
+        spread = row - centred
+        error[j] = spread.std(1).clamp_min(tiny)
+        largest = torch.maximum(largest, (spread.abs() / error[j, :, None]).amax(0))
+    critical = torch.quantile(largest, confidence)
+    better = value[:, None] - value[None] > critical * error  # better[j, k]: j before k beyond doubt
     low, high = better.sum(0) + 1, len(value) - better.sum(1)
     return low.tolist(), high.tolist()
 
@@ -179,18 +200,16 @@ def portfolio(
     information = {
         name: rows[name]
         * float(relevance(overlaps(own, shares(s), kept), weight))
-        * relative_covariance(buyer, s, kept)
+        * _capped(relative_covariance(side(buyer), side(s), kept))
         for name, s in sellers.items()
     }
     found = [_greedy(information, prices, budget, per_price) for per_price in (False, True)]
     return max(found, key=lambda p: p.value)
 
 
-def relative_covariance(buyer: Moments, seller: Moments, kept: Tensor) -> Tensor:
-    """Give Σ_b^{−1/2} Σ_s Σ_b^{−1/2} (κ', κ') in shares of energy, its eigenvalues cut to [0, 1]."""
-    whiten = inverse_root(buyer.covariance[kept][:, kept] / buyer.energy)
-    relative = whiten @ (seller.covariance[kept][:, kept] / seller.energy) @ whiten
-    value, vector = torch.linalg.eigh((relative + relative.T) / 2)
+def _capped(relative: Tensor) -> Tensor:
+    """Cut the eigenvalues of a symmetric matrix to [0, 1]."""
+    value, vector = torch.linalg.eigh(relative)
     return (vector * value.clamp(0, 1)) @ vector.T
 
 
@@ -204,7 +223,7 @@ def _greedy(information: dict[str, Tensor], prices: Mapping[str, float], budget:
         gain = {
             name: float(torch.logdet(total + part)) - now for name, part in information.items() if name not in chosen
         }
-        within = [name for name in gain if prices[name] <= left * (1 + 1e-12)]
+        within = [name for name in gain if prices[name] <= left * (1 + ROUNDING) and gain[name] > ROUNDING]
         if not within:
             break
         best = max(within, key=lambda name: gain[name] / (prices[name] if per_price else 1))
@@ -219,7 +238,9 @@ def _greedy(information: dict[str, Tensor], prices: Mapping[str, float], budget:
 def _knapsack(gain: dict[str, float], prices: Mapping[str, float], budget: float) -> float:
     """Give the most that gains could add up to within a budget if parts could be bought; gains only shrink later."""
     total = 0.0
-    for name in sorted((n for n in gain if prices[n] <= budget), key=lambda n: gain[n] / prices[n], reverse=True):
+    for name in sorted(
+        (n for n in gain if prices[n] <= budget * (1 + ROUNDING)), key=lambda n: gain[n] / prices[n], reverse=True
+    ):
         part = min(1.0, budget / prices[name])
         total += part * gain[name]
         budget -= part * prices[name]

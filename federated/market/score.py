@@ -18,6 +18,7 @@ from torch import Tensor
 THRESHOLD = 0.01  # of λ₁: a direction with less is not compared
 FLOOR = 0.05  # a ratio counts as at least this, and at most one minus this
 BLOCK_ENTRIES = 1 << 21  # entries of the data worked on at a time, in cache
+MAX_NORM = 1e18  # of a row; its square must be a float32
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,8 @@ class Moments:
         """
         rotation = rotation.double()
         second, mean = rotation.T @ self.second @ rotation, rotation.T @ self.mean
-        relative = self.variance_se / self.variance.clamp_min(torch.finfo(torch.float64).tiny)
-        relative = relative[torch.isfinite(relative)].square().mean().sqrt().nan_to_num(nan=1.0, posinf=1.0)
         variance = (second - torch.outer(mean, mean)).diagonal().clamp_min(0)
-        return replace(self, mean=mean, second=second, variance_se=variance * relative)
+        return replace(self, mean=mean, second=second, variance_se=variance * _relative_error(self))
 
 
 def pool(parts: Iterable[Moments]) -> Moments:
@@ -74,6 +73,7 @@ def pool(parts: Iterable[Moments]) -> Moments:
         raise ValueError("at least one seller is needed to pool, got 0")
     rows = sum(part.rows for part in parts)
     w = [part.rows / rows for part in parts]
+    whole = sum((x * part.mean for x, part in zip(w, parts, strict=True)), torch.zeros_like(parts[0].mean))
 
     def mean(values: list[Tensor]) -> Tensor:
         return sum((x * y for x, y in zip(w, values, strict=True)), torch.zeros_like(values[0]))
@@ -83,20 +83,26 @@ def pool(parts: Iterable[Moments]) -> Moments:
 
     return Moments(
         rows,
-        mean([part.mean for part in parts]),
+        whole,
         mean([part.second for part in parts]),
         sum(x * part.energy for x, part in zip(w, parts, strict=True)),
-        mean([part.variance_se.square() * x for x, part in zip(w, parts, strict=True)]).sqrt(),
+        mean([x * _variance_of_variance(part, whole) for x, part in zip(w, parts, strict=True)]).sqrt(),
         rms([part.energy_se for part in parts]),
         rms([part.mean_noise for part in parts]),
         rms([part.second_noise for part in parts]),
     )
 
 
+def _variance_of_variance(part: Moments, mean: Tensor) -> Tensor:
+    """Give the sampling variance (K,) of what a part adds to a variance around `mean`: of its own, and of its shift."""
+    return part.variance_se.square() + 4 * (part.mean - mean).square() * part.variance / part.rows
+
+
 class StreamingMoments:
     """Moments along directions, block by block: D×K numbers are held, however many rows come.
 
-    Sums are fp32 inside a block of rows and float64 over blocks; powers are taken around the first block's mean.
+    Sums are fp32 inside a block of rows and float64 over blocks; powers are taken around the first block's mean, in
+    units of its root mean square rounded to a power of two, so that fourth powers neither overflow nor vanish.
 
     Args:
         directions: (D, K), orthonormal columns.
@@ -110,9 +116,9 @@ class StreamingMoments:
     """
 
     def __init__(self, directions: Tensor, *, cross: bool = False) -> None:
-        self.directions = directions.float()
         self.rows, k, device = 0, directions.shape[1], directions.device
         self._pivot: Tensor | None = None
+        self._scaled, self._unit = directions.float(), 1.0
         self._power = torch.zeros(4, k, dtype=torch.float64, device=device)  # sums of y, y², y³, y⁴
         self._outer = torch.zeros(k, k, dtype=torch.float64, device=device)
         self._energy = torch.zeros(2, dtype=torch.float64, device=device)  # sums of ‖x‖², ‖x‖⁴
@@ -129,25 +135,32 @@ class StreamingMoments:
             Itself.
 
         Raises:
-            ValueError: rows of another dimension, or a row that is not finite, named by its number.
+            ValueError: rows of another dimension, or a row that is not finite or too long, named by its number.
         """
-        dimension = len(self.directions)
+        dimension = len(self._scaled)
         if x.ndim != 2 or x.shape[1] != dimension:
             raise ValueError(
                 f"rows must have the query's dimension {dimension}, got a tensor of shape {tuple(x.shape)}"
             )
-        for block in x.split(max(1, BLOCK_ENTRIES // max(1, dimension))):
-            self._add(block.float())
+        if len(x):
+            for block in x.split(max(1, BLOCK_ENTRIES // max(1, dimension))):
+                self._add(block.float())
         return self
 
     def _add(self, x: Tensor) -> None:
-        norm = torch.linalg.vector_norm(x, dim=1).double().square_()
-        if not torch.isfinite(norm.sum()):
-            row = self.rows + int((~torch.isfinite(x)).any(1).nonzero()[0])
-            raise ValueError(f"every row must be finite, got NaN or infinity in row {row}")
-        y = x @ self.directions
+        norm = torch.linalg.vector_norm(x, dim=1)
+        if not bool(norm.max() <= MAX_NORM):  # NaN too
+            bad = ~(norm <= MAX_NORM)
+            row = self.rows + int(bad.nonzero()[0])
+            if not torch.isfinite(x).all():
+                raise ValueError(f"every row must be finite, got NaN or infinity in row {row}")
+            raise ValueError(f"every row must have a norm of at most {MAX_NORM:g}, got a longer one in row {row}")
+        norm = norm.double().square_()
         if self._pivot is None:
-            self._pivot = y.mean(0)
+            self._unit = 2.0 ** round(math.log2(max(math.sqrt(float(norm.mean())), 1e-18)))
+            self._scaled = self._scaled / self._unit
+            self._pivot = (x @ self._scaled).mean(0)
+        y = x @ self._scaled
         y -= self._pivot
         square = y * y
         outer = y.T @ y
@@ -177,14 +190,17 @@ class StreamingMoments:
         central = fourth - 4 * first * cube + 6 * first.square() * square - 3 * first.pow(4)
         pivot = self._pivot.double()
         mean = pivot + first
-        second = self._outer / n + torch.outer(pivot, first) + torch.outer(mean, pivot)
+        second = (self._outer / n + torch.outer(pivot, first) + torch.outer(mean, pivot)) * self._unit**2
         energy, energy_square = (self._energy / n).tolist()
+        error = (central - variance.square()).clamp_min(0).div(n).sqrt() * self._unit**2
+        if not torch.isfinite(error).all():
+            raise ValueError("rows must be of comparable length, got some 10^9 times as long as the first ones")
         return Moments(
             n,
-            mean,
+            mean * self._unit,
             (second + second.T) / 2,
             energy,
-            (central - variance.square()).clamp_min(0).div(n).sqrt(),
+            error,
             math.sqrt(max(0.0, energy_square - energy**2) / n),
         )
 
@@ -197,12 +213,20 @@ class StreamingMoments:
         if self._cross is None or self._total is None or self.rows < 2:
             raise RuntimeError("cross() needs StreamingMoments(..., cross=True) and at least 2 rows")
         n = self.rows
-        return (self._cross - torch.outer(self._total, self._power[0] / n)) / (n - 1)
+        return (self._cross - torch.outer(self._total, self._power[0] / n)) * self._unit / (n - 1)
 
 
 def moments_along(x: Tensor, directions: Tensor) -> Moments:
     """Compute the moments of rows (n, D) along orthonormal directions (D, K)."""
     return StreamingMoments(directions).update(x).moments()
+
+
+class Side(NamedTuple):
+    """What is compared of one side; leading dimensions, if any, are draws."""
+
+    covariance: Tensor  # (…, K, K)
+    mean: Tensor  # (…, K)
+    energy: Tensor  # (…,)
 
 
 class Shares(NamedTuple):
@@ -213,19 +237,22 @@ class Shares(NamedTuple):
     rest: Tensor  # (…,) 1 − Σ(p + a²), the share outside the directions
 
 
-def shares(moments: Moments) -> Shares:
-    """Divide moments by their energy, so that scale is gone.
+def side(moments: Moments) -> Side:
+    """Give what is compared of one side.
 
     Raises:
         ValueError: every row is zero.
     """
     if not moments.energy > 0:
         raise ValueError(f"rows must not all be zero, got a mean squared norm of {moments.energy}")
-    return _shares(moments.variance, moments.mean, torch.tensor(moments.energy, dtype=torch.float64))
+    return Side(moments.covariance, moments.mean, torch.tensor(moments.energy, dtype=torch.float64))
 
 
-def _shares(variance: Tensor, mean: Tensor, energy: Tensor) -> Shares:
-    p, a = variance / energy[..., None], mean / energy.sqrt()[..., None]
+def shares(moments: Moments | Side) -> Shares:
+    """Divide moments by their energy, so that scale is gone; raises as `side`."""
+    covariance, mean, energy = side(moments) if isinstance(moments, Moments) else moments
+    p = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0) / energy[..., None]
+    a = mean / energy.sqrt()[..., None]
     return Shares(p, a, (1 - (p + a.square()).sum(-1)).clamp(0, 1))
 
 
@@ -330,46 +357,62 @@ def _spectrum(side: Shares, kept: Tensor) -> Tensor:
     return torch.cat([size[..., kept], side.rest[..., None]], -1).clamp_min(0).sqrt()
 
 
-def volume(buyer: Moments, seller: Moments, kept: Tensor, floor: float = FLOOR) -> float:
+def volume(buyer: Side, seller: Side, kept: Tensor, floor: float = FLOOR) -> Tensor:
     """(1/κ')·Σ ln clip(gᵢ, ε, 1), gᵢ the eigenvalues of the seller's covariance relative to the buyer's: at most 0.
 
     Per row, so that size does not enter, and in shares of energy, so that noise, which spreads its energy over all of
     the space, covers little of the buyer's.
 
     Args:
-        buyer: along the directions.
+        buyer: along the directions, with or without draws.
         seller: along the same.
         kept: (K,) bool.
         floor: ε.
     """
-    return float(relative_spectrum(buyer, seller, kept).clamp(floor, 1).log().mean())
+    return torch.linalg.eigvalsh(relative_covariance(buyer, seller, kept)).clamp(floor, 1).log().mean(-1)
 
 
-def relative_spectrum(buyer: Moments, seller: Moments, kept: Tensor) -> Tensor:
-    """Eigenvalues (κ',) of Σ_b^{−1/2} Σ_s Σ_b^{−1/2} in shares of energy, smallest first."""
-    b = buyer.covariance[kept][:, kept] / buyer.energy
-    s = seller.covariance[kept][:, kept] / seller.energy
+def relative_covariance(buyer: Side, seller: Side, kept: Tensor) -> Tensor:
+    """Σ_b^{−1/2} Σ_s Σ_b^{−1/2} (…, κ', κ') in shares of energy."""
+    b, s = (x.covariance[..., kept, :][..., kept] / x.energy[..., None, None] for x in (buyer, seller))
     whiten = inverse_root(b)
-    return torch.linalg.eigvalsh(whiten @ s @ whiten)
+    relative = whiten @ s @ whiten
+    return (relative + relative.mT) / 2
 
 
 def inverse_root(covariance: Tensor) -> Tensor:
-    """Σ^{−1/2} (K, K), eigenvalues held above 10⁻⁶ of the largest."""
+    """Σ^{−1/2} (…, K, K), eigenvalues held above 10⁻⁶ of the largest."""
     value, vector = torch.linalg.eigh(covariance)
-    value = value.clamp_min(1e-6 * value.max().clamp_min(torch.finfo(value.dtype).tiny))
-    return (vector / value.sqrt()) @ vector.T
+    largest = value[..., -1:].clamp_min(torch.finfo(value.dtype).tiny)
+    value = torch.maximum(value, 1e-6 * largest)
+    return (vector / value.sqrt()[..., None, :]) @ vector.mT
 
 
-def vendi(seller: Moments) -> float:
+def vendi(seller: Side) -> Tensor:
     """Vendi score of the projected rows, from their moments: exp of the entropy of the spectrum of E[yyᵀ]/tr."""
-    value = torch.linalg.eigvalsh(seller.second).clamp_min(0)
-    return float(torch.special.entr(value / value.sum().clamp_min(torch.finfo(value.dtype).tiny)).sum().exp())
+    second = seller.covariance + seller.mean[..., :, None] * seller.mean[..., None, :]
+    value = torch.linalg.eigvalsh(second).clamp_min(0)
+    total = value.sum(-1, keepdim=True).clamp_min(torch.finfo(value.dtype).tiny)
+    return torch.special.entr(value / total).sum(-1).exp()
 
 
 def dispersion(buyer: Shares, seller: Shares, kept: Tensor, floor: float = FLOOR) -> Tensor:
     """Geometric mean of the standard deviations relative to the buyer's, √clip(p̂/p, ε, 1)."""
     p = buyer.variance[..., kept].clamp_min(torch.finfo(torch.float64).tiny)
     return (seller.variance[..., kept] / p).clamp(floor, 1).log().mean(-1).div(2).exp()
+
+
+Measure = Callable[[Side, Side, Tensor, Tensor], Tensor]  # of buyer, seller, kept, weight; more is better
+MEASURES: dict[str, Measure] = {
+    "relevance": lambda b, s, kept, weight: relevance(overlaps(shares(b), shares(s), kept), weight),
+    "diversity": lambda b, s, kept, weight: diversity(overlaps(shares(b), shares(s), kept), weight),
+    "volume": lambda b, s, kept, weight: volume(b, s, kept),
+    "dispersion": lambda b, s, kept, weight: dispersion(shares(b), shares(s), kept),
+    "l2": lambda b, s, kept, weight: l2(shares(b), shares(s), kept),
+    "cosine": lambda b, s, kept, weight: cosine(shares(b), shares(s), kept),
+    "correlation": lambda b, s, kept, weight: correlation(shares(b), shares(s), kept),
+    "vendi": lambda b, s, kept, weight: vendi(s),
+}
 
 
 class Score(NamedTuple):
@@ -379,11 +422,13 @@ class Score(NamedTuple):
     standard_error: float
 
 
-def draw(moments: Moments, draws: int, generator: torch.Generator) -> Shares:
-    """Draw shares as other samples of as many rows would give them: a parametric bootstrap.
+def draw(moments: Moments, draws: int, generator: torch.Generator) -> Side:
+    """Draw moments as other samples of as many rows would give them: a parametric bootstrap.
 
-    Variances are drawn log-normal with their standard errors and means normal with √(λ/n), both widened by the noise
-    that was added for privacy.
+    Covariances are Wishart with n/(1 + κ) degrees of freedom (drawn by Bartlett's decomposition) times a common
+    log-normal factor of variance κ/n, which has the covariances of an elliptical distribution of kurtosis κ, as
+    `variance_se` says it; means are normal with Σ/n. The energy moves with what lies along the directions as far as its
+    own standard error allows. Noise that was added for privacy is added once more.
 
     Args:
         moments: of one side.
@@ -391,29 +436,50 @@ def draw(moments: Moments, draws: int, generator: torch.Generator) -> Shares:
         generator: of random numbers.
     """
     k, n = len(moments.mean), moments.rows
-    tiny = torch.finfo(torch.float64).tiny
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    variance = moments.variance
-    se = (moments.variance_se.square() + moments.second_noise**2).sqrt()
-    spread = torch.log1p((se / variance.clamp_min(tiny)).square().clamp_max(1e6)).sqrt()
-    variances = variance * torch.exp(spread * normal(draws, k) - spread.square() / 2)
-    mean_se = (variance / n + moments.mean_noise**2).sqrt()
-    means = moments.mean + mean_se * normal(draws, k)
-    relative = moments.energy_se / max(moments.energy, tiny)
-    energies = moments.energy * torch.exp(relative * normal(draws))
-    return _shares(variances, means, energies)
+    covariance, energy = moments.covariance, side(moments).energy
+    value, vector = torch.linalg.eigh(covariance)
+    root = vector * value.clamp_min(0).sqrt()  # noise may have left a negative eigenvalue
+    kurtosis = min(max((n * float(_relative_error(moments)) ** 2 - 2) / 3, 0.0), float(n))
+    degrees = max(n / (1 + kurtosis), k + 2.0)
+    factor = torch.tril(normal(draws, k, k), -1)
+    left = degrees - torch.arange(k, dtype=torch.float64)
+    ninth = 2 / (9 * left)
+    chi_square = left * (1 - ninth + ninth.sqrt() * normal(draws, k)).clamp_min(0).pow(3)  # Wilson and Hilferty 1931
+    factor = root @ (factor + torch.diag_embed(chi_square.sqrt()))
+    spread = math.sqrt(math.log1p(kurtosis / n))
+    common = torch.exp(spread * normal(draws) - spread**2 / 2)
+    sampled = factor @ factor.mT * (common / degrees)[:, None, None]
+    shift = normal(draws, k) @ root.T / math.sqrt(n)
+    moved = (sampled.diagonal(dim1=-2, dim2=-1) - (root * root).sum(1)).sum(-1)
+    moved = moved + ((moments.mean + shift).square() - moments.mean.square()).sum(-1)
+    own = float(moved.std()) if draws > 1 else 0.0
+    with_it = min(1.0, moments.energy_se / own) if own > 0 else 0.0
+    apart = math.sqrt(max(0.0, moments.energy_se**2 - (with_it * own) ** 2))
+    upper = torch.triu(normal(draws, k, k))
+    noise = moments.second_noise / math.sqrt(2) * (upper + upper.mT)
+    noise.diagonal(dim1=-2, dim2=-1).div_(math.sqrt(2))
+    return Side(
+        sampled + (covariance - root @ root.T) + noise,
+        moments.mean + shift + moments.mean_noise * normal(draws, k),
+        (energy + with_it * moved + apart * normal(draws)).clamp_min(0.01 * float(energy)),
+    )
 
 
-Measure = Callable[[Tensor, Tensor], Tensor]
+def _relative_error(moments: Moments) -> Tensor:
+    """Give the root mean square of the variances' relative standard errors, 1 where nothing varies."""
+    relative = moments.variance_se / moments.variance.clamp_min(torch.finfo(torch.float64).tiny)
+    relative = relative[torch.isfinite(relative) & (moments.variance > 0)]
+    return relative.square().mean().sqrt().nan_to_num(nan=1.0, posinf=1.0)
 
 
 def score(
     buyer: Moments,
     seller: Moments,
-    measure: Measure = relevance,
+    by: str = "relevance",
     *,
     threshold: float = THRESHOLD,
     draws: int = 400,
@@ -421,25 +487,36 @@ def score(
 ) -> Score:
     """Score one seller: the measure and its standard error.
 
+    The error is what other samples would scatter by. It doesn't have in it that sampling lowers every seller's score
+    alike, so it serves to compare sellers, not to tell a score from 1.
+
     Args:
         buyer: its moments along the directions.
         seller: the seller's along the same.
-        measure: `relevance` or `diversity`.
+        by: the name of a measure, of `MEASURES`.
         threshold: relative to the buyer's largest variance.
         draws: of the parametric bootstrap; 0 leaves the standard error NaN.
         seed: of the draws.
 
     Raises:
-        ValueError: the two sides have different numbers of directions.
+        ValueError: an unknown measure, or the two sides have different numbers of directions.
     """
     if len(buyer.mean) != len(seller.mean):
         raise ValueError(f"both sides must have the same directions, got {len(buyer.mean)} and {len(seller.mean)}")
-    b, s = shares(buyer), shares(seller)
-    kept = kept_directions(b, threshold)
-    weight = weights(b, kept)
-    value = float(measure(overlaps(b, s, kept), weight))
+    measure = measure_of(by)
+    own = shares(buyer)
+    kept = kept_directions(own, threshold)
+    weight = weights(own, kept)
+    value = float(measure(side(buyer), side(seller), kept, weight))
     if not draws:
         return Score(value, math.nan)
     generator = torch.Generator().manual_seed(seed)
-    sample = measure(overlaps(draw(buyer, draws, generator), draw(seller, draws, generator), kept), weight)
+    sample = measure(draw(buyer, draws, generator), draw(seller, draws, generator), kept, weight)
     return Score(value, float(sample.std()))
+
+
+def measure_of(name: str) -> Measure:
+    """Give a measure by its name; raises ValueError for another."""
+    if name not in MEASURES:
+        raise ValueError(f"a measure must be one of {', '.join(MEASURES)}, got {name!r}")
+    return MEASURES[name]

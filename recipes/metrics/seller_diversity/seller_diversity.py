@@ -35,5 +35,5 @@ class SellerDiversity(evaluate.Measurement):
         encoder = Encoder("vectors", "0" * 64, "none", False, buyer.shape[-1])
         query, key = make_query(buyer, encoder, directions=directions, decoys=0, seed=0)
         moments = key.seller(answer(query, [seller], encoder, "seller"))
-        found = score.score(key.buyer(), moments, score.diversity)
+        found = score.score(key.buyer(), moments, "diversity")
         return {"seller_diversity": found.value, "standard_error": found.standard_error}

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from federated.market.cli import main
+from federated.market.score import MEASURES
 
 
 def vectors(path: Path, n: int, seed: int, power: float = 1.0) -> str:
@@ -26,6 +28,7 @@ def market(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("same", "flat"):
         assert main(["answer", "query.safetensors", f"{name}.npy", "--encoder", "vectors", "--name", name,
                      "--out", f"{name}.json"]) == 0  # fmt: skip
+    (tmp_path / "empty.npy").write_bytes(b"")
     return tmp_path
 
 
@@ -106,6 +109,54 @@ def test_text_files_are_embedded_by_a_hugging_face_encoder(market: Path, capsys:
         (["rank", "--key", "buyer.key", "same.json", "same.json"], "in the name of 'same'"),
         (["rank", "--key", "buyer.key", "same.json", "--budget", "1", "--price", "other=1"], "must name one of same"),
         (["rank", "--key", "buyer.key", "same.json", "--budget", "1", "--price", "same"], "NAME=NUMBER"),
+        (["rank", "--key", "buyer.key", "same.json", "--price", "same=1"], "--price needs --budget"),
+        (["rank", "--key", "buyer.key", "same.json", "buyer.key"], "buyer.key"),
+        (["rank", "--key", "nowhere", "same.json"], "the key 'nowhere' is no file"),
+        (
+            ["answer", "query.safetensors", "same.npy", "--encoder", "vectors", "--name", "x", "--budget", "1"],
+            "need --epsilon",
+        ),
+        (
+            ["answer", "query.safetensors", "same.npy", "--encoder", "vectors", "--name", "x", "--budget", "0"],
+            "need --epsilon",
+        ),
+        (
+            [
+                "answer",
+                "query.safetensors",
+                "same.npy",
+                "--encoder",
+                "vectors",
+                "--name",
+                "x",
+                "--epsilon",
+                "1",
+                "--budget",
+                "1",
+            ],
+            "--budget needs --ledger",
+        ),
+        (
+            [
+                "answer",
+                "query.safetensors",
+                "same.npy",
+                "--encoder",
+                "vectors",
+                "--name",
+                "x",
+                "--epsilon",
+                "1",
+                "--budget",
+                "0",
+                "--ledger",
+                "l",
+            ],
+            "epsilon must be positive, got 0",
+        ),
+        (["query", "empty.npy", "--encoder", "vectors"], "No data left"),
+        (["query", "buyer.npy", "--encoder", "pixels:0"], "size of an image must be from 1"),
+        (["query", "buyer.npy", "--encoder", "vectors", "--device", "nonsense"], "--device must be one"),
     ],
 )
 def test_what_is_wrong_is_a_sentence_and_exit_code_2(
@@ -123,3 +174,50 @@ def test_help_tells_of_the_three_commands(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     assert "query|answer|rank" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("by", MEASURES)
+def test_every_measure_can_be_ranked_by_and_is_shown_first(
+    market: Path, capsys: pytest.CaptureFixture[str], by
+) -> None:
+    capsys.readouterr()
+    command = ["rank", "--key", "buyer.key", "flat.json", "same.json", "--by", by, "--json", "r.json"]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["rank", "seller", by]
+    ranking = json.loads((market / "r.json").read_text())["ranking"]
+    assert ranking[0][by]["value"] > ranking[1][by]["value"]
+    assert [line.split()[2] for line in lines[1:]] == [r["seller"] for r in ranking]
+    assert float(lines[1].split()[3]) == pytest.approx(ranking[0][by]["value"], abs=6e-4)
+
+
+def test_who_is_accused_is_not_bought_from(market: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = ["answer", "query.safetensors", "buyer.npy", "--encoder", "vectors", "--name", "copy", "--out", "copy.json"]
+    assert main(copy) == 0
+    capsys.readouterr()
+    assert main(["rank", "--key", "buyer.key", "copy.json", "flat.json", "same.json", "--budget", "3"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[1].split()[2] == "copy"
+    assert "!" in out[1]
+    assert "copy" not in out[-1]
+    assert "same" in out[-1]
+
+
+def test_who_answers_only_the_second_query_is_named(market: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["query", "buyer.npy", "--encoder", "vectors", "--query", "q2", "--key", "k2"]) == 0
+    assert main(["answer", "q2", "same.npy", "--encoder", "vectors", "--name", "late", "--out", "late.json"]) == 0
+    assert main(["rank", "--key", "buyer.key", "--key", "k2", "same.json", "late.json"]) == 2
+    assert "'late' must answer the query of the first --key" in capsys.readouterr().err
+
+
+def test_pictures_in_folders_by_class_need_no_column(market: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    for side in ("buyer", "seller"):
+        for i in range(60):
+            folder = market / side / f"class{i % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{i}.png")
+    options = ["--encoder", "pixels:8", "--cache", "cache"]
+    assert main(["query", "buyer", *options, "--directions", "3", "--decoys", "3", "--query", "q", "--key", "k"]) == 0
+    assert main(["answer", "q", "seller", *options, "--name", "s", "--out", "s.json"]) == 0
+    assert main(["rank", "--key", "k", "s.json"]) == 0

@@ -253,3 +253,83 @@ def test_gradient_features_answer_a_query_and_carry_their_fingerprint(gradients:
         f.GradientFeatures(gradients.model, gradients.tokenizer, parameters="nothing")
     with pytest.raises(ValueError, match="one text or two"):
         gradients.embed([{"text": 3, "label": 1}])
+
+
+def test_what_is_cached_under_one_pooling_is_not_read_under_another(minilm: Path, tmp_path: Path) -> None:
+    for options in ({"pooling": "mean"}, {"pooling": "cls"}, {"pooling": "mean", "normalize": False}):
+        extractor = f.HuggingFaceFeatures(str(minilm), max_length=32, **options)
+        cached = f.features(extractor, TEXTS, cache=tmp_path)
+        torch.testing.assert_close(cached, extractor.embed(TEXTS), atol=CLOSE, rtol=0)
+    assert len(list(tmp_path.iterdir())) == 3
+    for normalize in (True, False):
+        pixels = f.PixelFeatures(28, normalize=normalize)
+        assert torch.equal(f.features(pixels, images(3), cache=tmp_path), pixels.embed(images(3)))
+
+
+def test_rows_that_differ_have_different_digests() -> None:
+    grey = Image.fromarray(images(1)[0])
+    indexed, other = grey.convert("P"), grey.convert("P")
+    other.putpalette([255 - x for x in indexed.getpalette()])
+    for one, two in (
+        ([{"a": {"b": 1}, "c": 2}], [{"a": {"b": 1, "c": 2}}]),
+        ([{"a": 1}, {"b": 2, "c": 3}], [{"a": 1, "b": 2}, {"c": 3}]),
+        ([["a", "b"]], [["ab"]]),
+        ([["a"], ["b"]], [["a", "b"]]),
+        (["1"], [1]),
+        ([indexed], [other]),
+        ([np.zeros((2, 3), np.float32)], [np.zeros((3, 2), np.float32)]),
+        ([np.zeros(2, np.float32)], [np.zeros(2, np.int32)]),
+        ([torch.zeros(2, 3)], [torch.zeros(3, 2)]),
+    ):
+        assert f._content_digest(one) != f._content_digest(two), (one, two)
+        assert f._content_digest(one) == f._content_digest([*one])
+    with pytest.raises(ValueError, match="must be text, an image"):
+        f._content_digest([np.array(["a", None], dtype=object)])  # whose bytes are addresses
+
+
+def test_tokenizers_that_read_a_text_differently_have_different_fingerprints(minilm: Path, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    base = f.HuggingFaceFeatures(str(minilm))
+    shutil.copytree(minilm, tmp_path / "cased")
+    for name, change in (("tokenizer.json", None), ("tokenizer_config.json", {"do_lower_case": False})):
+        content = json.loads((tmp_path / "cased" / name).read_text())
+        if change is None:
+            content["normalizer"]["lowercase"] = False
+        (tmp_path / "cased" / name).write_text(json.dumps(content | (change or {})))
+    cased = f.HuggingFaceFeatures(str(tmp_path / "cased"))
+    assert not torch.allclose(base.embed(["Hello World"]), cased.embed(["Hello World"]), atol=1e-3)
+    with pytest.raises(ValueError, match="digest"):
+        base.encoder.check(cased.encoder)
+    base.embed(TEXTS * 3)  # a tokenizer remembers how it padded last
+    base.encoder.check(f.HuggingFaceFeatures(str(minilm)).encoder)
+
+
+def test_a_row_that_is_no_text_is_named_by_its_kind(text_encoder: f.HuggingFaceFeatures) -> None:
+    for rows, kind in (([3, 4], "int"), (["a", None], "NoneType"), ([None, "a"], "NoneType")):
+        with pytest.raises(ValueError, match=f"bert reads text, got {kind}"):
+            f.features(text_encoder, rows)
+
+
+def test_the_label_is_no_column_to_embed_but_is_one_for_gradients(gradients: f.GradientFeatures) -> None:
+    labelled = [{"image": x, "label": 3} for x in images(5)]
+    assert torch.equal(f.features(f.PixelFeatures(), labelled), f.features(f.PixelFeatures(), images(5)))
+    with pytest.raises(ValueError, match="one column must be chosen among 'a', 'b'"):
+        f.features(f.PixelFeatures(), [{"a": 1, "b": 2}])
+    rows = [{"text": text, "label": 1, "number": 7} for text in TEXTS]
+    with pytest.raises(ValueError, match="one text or two"):
+        f.features(gradients, rows)
+    chosen = f.features(gradients, rows, columns=["text", "label"])
+    torch.testing.assert_close(chosen, gradients.embed([{"text": t, "label": 1} for t in TEXTS]))
+
+
+@pytest.mark.parametrize("name", ["pixels:0", "pixels:257", "pixels:9999"])
+def test_sizes_that_no_query_can_have_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="size of an image must be from 1 to 256"):
+        f.make_extractor(name)
+
+
+def test_an_encoder_in_the_folder_at_hand_has_a_name(vision_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(vision_folder)
+    assert f.HuggingFaceFeatures(".").encoder.name == vision_folder.name

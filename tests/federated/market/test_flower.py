@@ -111,6 +111,14 @@ def test_whoever_refuses_or_misbehaves_is_named_and_spoils_nothing(tmp_path) -> 
         assert len(said) <= flower.MOST_TEXT
 
 
+def test_who_answers_in_anothers_name_is_refused_and_so_is_the_other() -> None:
+    query = make_query(rows(100, 0), ENCODER, directions=4, decoys=3)[0]
+    apps = [app(seller(name, rows(300, i))) for i, name in enumerate(("a", "b", "a"))]
+    responses, refusals = flower.ask(LocalGrid(apps), query, sellers=3)
+    assert [r.seller for r in responses] == ["b"]
+    assert refusals == dict.fromkeys((100, 102), "2 nodes answer in the name of 'a'")
+
+
 def test_private_sellers_answer_with_noise() -> None:
     query = make_query(rows(100, 0), ENCODER, directions=4, decoys=3)[0]
     (response,), _ = flower.ask(LocalGrid([app(seller("a", rows(300, 2), epsilon=1.0))]), query)

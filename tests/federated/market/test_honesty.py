@@ -8,7 +8,7 @@ import torch
 from federated.market import honesty as h
 from federated.market.privacy import private_answer
 from federated.market.query import BuyerKey, BuyerQuery, Encoder, SellerResponse, answer, make_query
-from federated.market.score import Moments, relevance, score
+from federated.market.score import Moments, score
 
 D = 48
 ENCODER = Encoder("raw", "0" * 64, "none", False, D)
@@ -125,5 +125,48 @@ def test_who_invents_one_data_set_is_not_exposed_but_not_relevant_either() -> No
     invented = rows(400, 77, decay=1.0, mix=False)
     response = answer(query, [invented], ENCODER, "coherent liar")
     assert suspicious(key, response) == []
-    honest = score(key.buyer(), key.seller(answer(query, [rows(400, 5)], ENCODER, "s")), relevance).value
-    assert score(key.buyer(), key.seller(response), relevance).value < 0.6 * honest
+    honest = score(key.buyer(), key.seller(answer(query, [rows(400, 5)], ENCODER, "s"))).value
+    assert score(key.buyer(), key.seller(response)).value < 0.6 * honest
+
+
+def test_a_buyer_of_centred_rows_accuses_nobody_who_answers_twice_alike() -> None:
+    x = rows(100, 0)
+    x = x - x.mean(0)  # means are rounding alone, and tell nothing of an eigenvector's sign
+    for trial in range(10):
+        (one, key_one), (two, key_two) = (
+            make_query(x, ENCODER, directions=6, decoys=4, seed=2 * trial + i) for i in (0, 1)
+        )
+        a, b = (answer(q, [rows(300, 5)], ENCODER, "s") for q in (one, two))
+        assert not h.audit_pair((key_one, a), (key_two, b)).suspicious
+
+
+@pytest.mark.parametrize("epsilon", [0.01, 0.1, 1.0, 10.0])
+def test_noise_of_any_size_is_possible_and_no_lie(epsilon: float) -> None:
+    raw = Encoder("raw", "0" * 64, "none", False, D)
+    query, key = make_query(rows(100, 0), raw, directions=6, decoys=8, seed=1)
+    for seed in range(10):
+        response = private_answer(query, [rows(120, seed)], raw, "s", epsilon=epsilon, delta=1e-6, clip=0.3)
+        assert suspicious(key, SellerResponse.from_json(response.to_json())) == []
+
+
+def test_a_liar_that_states_noise_it_has_no_budget_for_is_exposed() -> None:
+    unit = Encoder("unit", "0" * 64, "none", True, D)
+    x = torch.nn.functional.normalize(rows(100, 0), dim=1)
+    query, key = make_query(x, unit, directions=6, decoys=8, seed=1)
+    true = private_answer(query, [torch.nn.functional.normalize(rows(500, 5), dim=1)], unit, "s", epsilon=5, delta=1e-6)
+    assert suspicious(key, true) == []
+    m = true.moments
+    for change in (
+        {"mean_noise": 3 * m.mean_noise, "second_noise": 3 * m.second_noise},  # more than ε buys
+        {"mean_noise": 3 * m.mean_noise, "second_noise": 9 * m.second_noise},  # as for rows clipped to 3
+        {"mean_noise": m.mean_noise / 3, "second_noise": m.second_noise / 3},
+    ):
+        assert suspicious(key, replace(true, moments=replace(m, **change))) == ["possible"]
+    plain = answer(query, [torch.nn.functional.normalize(rows(500, 5), dim=1)], unit, "s")
+    assert suspicious(key, plain) == []
+    for change in ({"energy": 1.01}, {"mean_noise": 0.1, "second_noise": 0.1}):
+        assert "possible" in suspicious(key, replace(plain, moments=replace(plain.moments, **change)))
+    raw, raw_key = make_query(rows(100, 0), ENCODER, directions=6, decoys=8, seed=1)
+    small = private_answer(raw, [rows(500, 5) / 10], ENCODER, "s", epsilon=5, delta=1e-6, clip=0.1)
+    much = replace(small.moments, energy=small.moments.energy * 1000)
+    assert "possible" in suspicious(raw_key, replace(small, moments=much))

@@ -25,7 +25,7 @@ def test_a_measurement_is_the_function_of_its_name(name: str) -> None:
     buyer, seller = rows(100, 0), rows(300, 1)
     query, key = make_query(torch.from_numpy(buyer), ENCODER, decoys=0)
     moments = key.seller(answer(query, [torch.from_numpy(seller)], ENCODER, "s"))
-    expected = score.score(key.buyer(), moments, getattr(score, name))
+    expected = score.score(key.buyer(), moments, name)
     got = measurement.compute(data=seller, buyer=buyer)
     assert got[f"seller_{name}"] == pytest.approx(expected.value, abs=1e-5)
     assert got["standard_error"] == pytest.approx(expected.standard_error, rel=0.3)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from federated.market import privacy as p
-from federated.market.query import Encoder, make_query
-from federated.market.score import Moments, moments_along, relevance, score
+from federated.market.query import BuyerQuery, Encoder, make_query, normal
+from federated.market.score import Moments, moments_along, score
 
 UNIT = Encoder("unit", "0" * 64, "none", True, 24)
 RAW = Encoder("raw", "0" * 64, "none", False, 24)
@@ -59,15 +59,16 @@ def test_replacing_any_row_moves_the_answer_by_at_most_the_sensitivity(huge: flo
     worst = 0.0
     for seed in range(40):
         x, neighbour = rows(n, seed), rows(n, seed)
-        along = v[:, seed % 5]
-        x[0], neighbour[0] = along * huge, -along * huge if seed % 2 else v[:, (seed + 1) % 5] * huge
+        one, other = v[:, seed % 5], v[:, (seed + 1) % 5]
+        x[0] = one * huge
+        cosine = [-1.0, -0.5, 0.0, 0.7][seed % 4]  # of the row that comes instead, or none at all
+        neighbour[0] = (cosine * one + math.sqrt(1 - cosine**2) * other) * huge * (seed % 5 > 0)
         a, b = (
             released(moments_along(next(p.clipped([side], clip)), v), clip, known_energy) for side in (x, neighbour)
         )
         worst = max(worst, float((a - b).norm()))
-    bound = 2 * math.sqrt(2 if known_energy else 3) / n
-    assert worst <= bound * (1 + 1e-5)
-    assert worst > 0.5 * bound  # the bound is not loose, either
+    bound = p.SENSITIVITY / n
+    assert 0.99 * bound < worst <= bound * (1 + 1e-5)  # nor is it loose
 
 
 def test_the_noise_is_as_large_as_its_formula_and_does_not_look_at_the_data() -> None:
@@ -79,7 +80,7 @@ def test_the_noise_is_as_large_as_its_formula_and_does_not_look_at_the_data() ->
         noisy = [p.add_noise(moments, clip, ratio, known_energy=False, generator=generator) for _ in range(2000)]
         clean = released(moments, clip, False)
         spread = torch.stack([released(m, clip, False) - clean for m in noisy])[:, :-1]  # the energy is held positive
-        scale = 2 * math.sqrt(3) / n / ratio
+        scale = 3 / math.sqrt(2) / n / ratio
         # 2000 draws of each of 20 numbers know a standard deviation to 1/√4000 = 1.6 %; 4.9 of those
         torch.testing.assert_close(spread.std(0), torch.full((20,), scale).double(), rtol=0.078, atol=0)
         assert noisy[0].mean_noise == pytest.approx(scale * clip)
@@ -96,7 +97,7 @@ def test_an_answer_with_noise_scores_as_one_without_once_there_are_rows_enough()
         response = p.private_answer(query, x.split(1000), UNIT, "s", epsilon=epsilon, delta=1e-6)
         assert response.moments.energy == 1.0
         assert (response.epsilon, response.delta) == (epsilon, 1e-6)
-        found.append(score(key.buyer(), key.seller(response), relevance))
+        found.append(score(key.buyer(), key.seller(response)))
     assert found[0].value == pytest.approx(plain.value, abs=0.02)
     assert found[0].standard_error < found[1].standard_error
 
@@ -152,3 +153,57 @@ def test_rows_that_are_not_finite_are_refused_and_not_clipped() -> None:
     bad[4, 0] = math.inf
     with pytest.raises(ValueError, match="row 4"):
         p.private_answer(query, [bad], RAW, "s", epsilon=1, delta=1e-6, clip=1.0)
+
+
+def test_noise_comes_from_the_system_and_not_from_a_seed_that_can_be_guessed(monkeypatch) -> None:
+    import os
+
+    asked = []
+    monkeypatch.setattr(os, "urandom", lambda n, real=os.urandom: asked.append(n) or real(n))
+    query = make_query(rows(100, 0), RAW, directions=3, decoys=2)[0]  # 2 random directions, 6 × 6 of rotation
+    assert sum(asked) == 8 * (24 * 2 + 6 * 6)
+    asked.clear()
+    p.private_answer(query, [rows(100, 1)], RAW, "s", epsilon=1, delta=1e-6)
+    assert sum(asked) == 8 * (6 + 6 * 6 + 1)
+
+
+def test_the_systems_normal_numbers_are_normal() -> None:
+    x = normal(200, 500)
+    assert torch.isfinite(x).all()
+    for at in (-2.0, -0.5, 0.0, 1.0, 3.0):
+        share, expected = float((x < at).double().mean()), p._normal_cdf(at)
+        assert share == pytest.approx(expected, abs=5 * math.sqrt(expected * (1 - expected) / 1e5))
+    assert float((x[:, 1:] * x[:, :-1]).mean()) == pytest.approx(0, abs=5 / math.sqrt(1e5))
+    assert not torch.equal(normal(5), normal(5))
+    assert normal(0, 3).shape == (0, 3)
+
+
+@pytest.mark.parametrize("extreme", [0, (1 << 64) - 1])
+def test_no_bits_make_an_infinite_number(monkeypatch, extreme: int) -> None:
+    import os
+
+    signed = extreme ^ (1 << 63)  # the least and the greatest of signed numbers
+    monkeypatch.setattr(os, "urandom", lambda n: signed.to_bytes(8, "little") * (n // 8))
+    assert torch.isfinite(normal(3)).all()
+    assert float(normal(1).abs()) > 8
+
+
+def test_a_basis_that_is_longer_than_orthonormal_within_rounding_gets_more_noise() -> None:
+    query = make_query(rows(100, 0), UNIT, directions=3, decoys=2)[0]
+    longer = BuyerQuery(query.directions * 1.00004, UNIT)
+    scales = [
+        p.private_answer(q, [rows(100, 1)], UNIT, "s", epsilon=1, delta=1e-6).moments.mean_noise
+        for q in (query, longer)
+    ]
+    assert scales[1] / scales[0] == pytest.approx(1.00004**2, rel=1e-6)
+
+
+@given(st.lists(st.tuples(st.floats(-1, 1), st.floats(-1, 1), st.floats(0, 1)), min_size=2, max_size=2))
+def test_the_sensitivity_holds_for_any_two_rows_along_two_directions(pair) -> None:
+    f = []
+    for x, y, outside in pair:
+        row = torch.tensor([x, y, outside], dtype=torch.float64)
+        row = row / row.norm().clamp_min(1)
+        m = Moments(2, row[:2], torch.outer(row[:2], row[:2]), float(row.square().sum()), row[:2])
+        f.append(released(m, 1.0, False))
+    assert float((f[0] - f[1]).norm()) <= p.SENSITIVITY * (1 + 1e-12)

@@ -1,6 +1,7 @@
 """What travels is what it says, gives away no more, and is safe to open from a stranger."""
 
 import json
+import math
 import os
 import pickle
 import stat
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from federated.market import query as q
-from federated.market.score import moments_along, relevance, score
+from federated.market.rank import rank
+from federated.market.score import moments_along, score
 
 ENCODER = q.Encoder("pixels", "0" * 64, "none", False, 32)
 
@@ -80,7 +82,7 @@ def test_files_come_back_as_they_were(pair, tmp_path) -> None:
     assert again.encoder == query.encoder
     assert again.identifier == query.identifier == key_again.query
     assert response_again.to_json() == response.to_json()
-    one, two = (score(k.buyer(), k.seller(r), relevance) for k, r in ((key, response), (key_again, response_again)))
+    one, two = (score(k.buyer(), k.seller(r)) for k, r in ((key, response), (key_again, response_again)))
     assert one.value == pytest.approx(two.value, abs=1e-12)
     assert stat.S_IMODE(os.stat(tmp_path / "k").st_mode) == 0o600
     assert sorted(p.name for p in tmp_path.iterdir()) == ["k", "q", "r"]
@@ -299,3 +301,90 @@ def test_more_rows_than_dimensions_give_the_same_eigenvectors_by_either_way() ->
     torch.testing.assert_close((vectors.T @ direct.Vh[:4].T).abs(), torch.eye(4).double(), atol=1e-8, rtol=0)
     assert few.shape == (32, 4)
     assert len(few_values) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"energy": 0.0}, "'energy' must be from 1e-60"),
+        ({"energy": 1e-100}, "'energy' must be from 1e-60"),
+        ({"energy": 1e100}, "'energy' must be from 1e-60"),
+        ({"mean": [1e20] * 11}, "'mean' must be on the scale"),
+        ({"second": [[1e20] * 11] * 11}, "'second' must be on the scale"),
+        ({"variance_se": [1e20] * 11}, "'variance_se' must be on the scale"),
+        ({"energy_se": 1e20}, "'energy_se' must be on the scale"),
+        ({"second_noise": 1e20, "epsilon": 1.0, "delta": 1e-6}, "'second_noise' must be on the scale"),
+        ({"mean_noise": 1e20, "epsilon": 1.0, "delta": 1e-6}, "'mean_noise' must be on the scale"),
+        ({"mean_noise": 0.1, "second_noise": 0.1}, "noise must be stated with"),
+        ({"mean_noise": 0.1, "epsilon": 1.0, "delta": 1e-6}, "noise must be stated with"),
+        ({"epsilon": 1.0, "delta": 1e-6}, "noise must be stated with"),
+        ({"epsilon": 1.0}, "must be a budget or both null"),
+        ({"epsilon": 0.0, "delta": 1e-6}, "must be a budget or both null"),
+        ({"epsilon": 1.0, "delta": 1.0}, "must be a budget or both null"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_responses_with_which_no_score_can_be_computed_are_refused(pair, change: dict, sentence: str) -> None:
+    record = json.loads(response_of(pair).to_json()) | change
+    with pytest.raises(ValueError, match=sentence):
+        q.SellerResponse.from_json(json.dumps(record))
+
+
+def test_no_response_that_loads_has_a_score_that_is_no_number(pair) -> None:
+    record = json.loads(response_of(pair).to_json())
+    honest = pair[1].seller(response_of(pair))
+    for change in ({"mean": [1e11] * 11}, {"second": [[1e11] * 11] * 11}, {"variance_se": [1e11] * 11},
+                   {"energy": 1e-9}, {"energy_se": 1e11}, {"rows": 2**53},
+                   {"mean_noise": 1e5, "second_noise": 1e11, "epsilon": 1e-9, "delta": 1e-6}):  # fmt: skip
+        evil = pair[1].seller(q.SellerResponse.from_json(json.dumps(record | change)))
+        for found in rank(pair[1].buyer(), {"evil": evil, "honest": honest}, draws=50):
+            assert all(math.isfinite(x) for s in found.scores.values() for x in s), (change, found)
+
+
+def test_a_file_that_is_refused_is_named(pair, tmp_path) -> None:
+    for name, cls in (("r.json", q.SellerResponse), ("q", q.BuyerQuery), ("k", q.BuyerKey)):
+        (tmp_path / name).write_text("{")
+        with pytest.raises(ValueError, match=f"{name}'$"):
+            cls.load(tmp_path / name)
+
+
+def test_a_query_that_no_seller_could_open_is_not_made() -> None:
+    for dimension, directions in ((q.MAX_DIMENSION + 1, 2), (400, 250)):
+        encoder = replace(ENCODER, dimension=dimension)
+        with pytest.raises(ValueError, match="at most 256 columns of dimension 65536"):
+            q.make_query(torch.randn(1000 if directions > 2 else 8, dimension), encoder, directions=directions)
+
+
+def test_a_mean_within_the_eigenvectors_gives_a_direction_all_the_same() -> None:
+    x = torch.zeros(80, 32)
+    generator = torch.Generator().manual_seed(0)
+    x += torch.randn(80, 1, generator=generator)  # the brightness varies alike everywhere, and so lies the mean
+    x[:, :4] += torch.randn(80, 4, generator=generator)
+    x = x - x.mean(0) + 1.0
+    query, key = q.make_query(x, ENCODER, directions=5, decoys=3)
+    assert torch.isfinite(key.buyer().covariance).all()
+    spread = key.rotation.T @ (query.directions.double().T @ query.directions.double()) @ key.rotation
+    torch.testing.assert_close(spread, torch.eye(9).double(), atol=1e-5, rtol=0)
+
+
+def test_eigenvectors_have_one_sign_whatever_else_the_query_has() -> None:
+    for n in (60, 200):  # by singular values, and by the covariance
+        x = rows(n, 0).double()
+        x = x - x.mean(0)
+        for vectors in (q.leading_eigenvectors(x, 5)[0], q.leading_eigenvectors(-x.flip(0), 5)[0]):
+            assert (vectors.gather(0, vectors.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+def test_a_key_that_is_no_rotation_or_no_number_is_refused(pair, tmp_path) -> None:
+    pair[1].save(tmp_path / "k")
+    tensors, header = q._tensors((tmp_path / "k").read_bytes(), "key")
+    for name, value, sentence in (
+        ("rotation", tensors["rotation"] * 1.1, "must be orthogonal"),
+        ("mean", tensors["mean"] * float("nan"), "'mean' must be finite"),
+    ):
+        (tmp_path / "k").write_bytes(save(tensors | {name: value}, {"sgc_market": json.dumps(header)}))
+        with pytest.raises(ValueError, match=sentence):
+            q.BuyerKey.load(tmp_path / "k")
+    (tmp_path / "k").write_bytes(save(tensors, {"sgc_market": json.dumps(header | {"normalize": 1})}))
+    with pytest.raises(ValueError, match="'normalize' must be true or false, got 1"):
+        q.BuyerKey.load(tmp_path / "k")

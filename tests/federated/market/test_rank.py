@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from federated.market import rank as r
-from federated.market.score import Moments, kept_directions, moments_along, overlaps, relevance, shares, weights
+from federated.market.score import (
+    MEASURES,
+    Moments,
+    kept_directions,
+    moments_along,
+    overlaps,
+    relative_covariance,
+    relevance,
+    shares,
+    side,
+    weights,
+)
 
 D = 16
 SPREAD = torch.linspace(0, 2, D).neg().exp()
@@ -72,7 +83,7 @@ def test_what_cannot_be_ranked_is_a_sentence() -> None:
     buyer = along(rows(100, 0))
     for sellers, kwargs, sentence in [
         ({}, {}, "at least one seller"),
-        ({"a": buyer}, {"by": "price"}, "one of relevance, diversity, got 'price'"),
+        ({"a": buyer}, {"by": "price"}, "one of relevance, diversity, volume, .*, got 'price'"),
         ({"a": buyer}, {"confidence": 1.0}, "confidence must be in"),
     ]:
         with pytest.raises(ValueError, match=sentence):
@@ -117,7 +128,7 @@ def value_of(buyer: Moments, sellers: list[Moments]) -> float:
     total = torch.eye(int(kept.sum()), dtype=torch.float64)
     for s in sellers:
         weight = r.CREDIT * float(relevance(overlaps(own, shares(s), kept), weights(own, kept)))
-        total = total + weight * r.relative_covariance(buyer, s, kept)
+        total = total + weight * r._capped(relative_covariance(side(buyer), side(s), kept))
     return float(torch.logdet(total))
 
 
@@ -155,3 +166,60 @@ def test_trusted_rows_count() -> None:
     buyer, sellers = along(rows(300, 0)), {"a": along(rows(300, 1)), "b": along(rows(300, 2))}
     assert r.portfolio(buyer, sellers, budget=1, rows={"a": 1.0, "b": 50.0}).sellers == ("b",)
     assert r.portfolio(buyer, sellers, budget=1, rows={"a": 50.0, "b": 1.0}).sellers == ("a",)
+
+
+@pytest.mark.parametrize("by", MEASURES)
+def test_sellers_can_be_ranked_by_every_measure(by: str) -> None:
+    sellers = {str(i): along(rows(300, i + 1, SPREAD ** (1 + 0.4 * i))) for i in range(4)}
+    found = r.rank(along(rows(300, 0)), sellers, by=by, draws=100)
+    values = [x.scores[by].value for x in found]
+    assert values == sorted(values, reverse=True)
+    assert len(set(values)) == 4
+    assert all(x.scores[by].standard_error > 0 for x in found)
+    assert (found[0].relevance, found[0].diversity, found[0].volume) == tuple(
+        found[0].scores[m] for m in ("relevance", "diversity", "volume")
+    )
+
+
+def test_ranks_of_real_samples_lie_in_their_intervals_and_these_are_not_idle() -> None:
+    spreads = [SPREAD ** (1 + 0.4 * i) for i in range(5)]
+    truth = [along(rows(50_000, 50 + i, s)) for i, s in enumerate(spreads)]
+    held = width = 0
+    for trial in range(40):
+        buyer = along(rows(200, 1000 + trial))
+        sellers = {str(i): along(rows(300, 2000 + 10 * trial + i, s)) for i, s in enumerate(spreads)}
+        found = {x.seller: x for x in r.rank(buyer, sellers, confidence=0.9, draws=150)}
+        true = {x.seller: x.rank for x in r.rank(buyer, {str(i): m for i, m in enumerate(truth)}, draws=2)}
+        held += all(found[s].rank_low <= true[s] <= found[s].rank_high for s in found)
+        width += sum(x.rank_high - x.rank_low for x in found.values())
+    # at least 90 %, less three standard deviations of a count of 40
+    assert held >= 40 * 0.9 - 3 * math.sqrt(40 * 0.09)
+    assert width < 40 * 10  # of 20, where nothing is told apart
+
+
+def test_many_directions_and_many_sellers_take_bounded_memory(monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(r, "MOST_DRAWN", 6 * 6 * 50)
+    monkeypatch.setattr(r, "draw", lambda m, draws, g, real=r.draw: drawn.append(draws) or real(m, draws, g))
+    r.rank(along(rows(300, 0)), {"a": along(rows(300, 1)), "b": along(rows(300, 2))})
+    assert drawn == [50, 50, 50]
+
+
+def test_a_seller_of_other_directions_is_named() -> None:
+    with pytest.raises(ValueError, match="'b' must have the buyer's 6 directions, got 5"):
+        r.rank(along(rows(100, 0)), {"a": along(rows(100, 1)), "b": along(rows(100, 1), 5)})
+
+
+def test_a_seller_that_adds_nothing_is_not_bought() -> None:
+    buyer = along(rows(300, 0))
+    nothing = torch.zeros(300, D)
+    nothing[:, D - 1] = torch.randn(300, generator=torch.Generator().manual_seed(0))  # outside the directions
+    found = r.portfolio(buyer, {"nothing": along(nothing), "a": along(rows(300, 1))}, budget=2)
+    assert (found.sellers, found.cost) == (("a",), 1)
+
+
+def test_a_budget_that_is_just_the_price_buys_in_spite_of_rounding() -> None:
+    buyer, seller = along(rows(300, 0)), along(rows(300, 1))
+    found = r.portfolio(buyer, {"a": seller}, budget=0.3, prices={"a": 0.1 + 0.2})
+    assert found.sellers == ("a",)
+    assert found.value == found.at_most

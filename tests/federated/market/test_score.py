@@ -44,8 +44,8 @@ def both(buyer: torch.Tensor, seller: torch.Tensor, count: int = 6) -> tuple[sco
     return moments_along(buyer, v), moments_along(seller, v)
 
 
-def ours(buyer: torch.Tensor, seller: torch.Tensor, measure=score.relevance) -> float:
-    return score.score(*both(buyer, seller), measure, draws=0).value
+def ours(buyer: torch.Tensor, seller: torch.Tensor, by: str = "relevance") -> float:
+    return score.score(*both(buyer, seller), by, draws=0).value
 
 
 def published(buyer: torch.Tensor, seller: torch.Tensor, measure=reference.relevance, count: int = 6) -> float:
@@ -214,9 +214,10 @@ def test_duplicates_raise_no_score() -> None:
     raised = reference.volume(twice.second, twice.rows) - reference.volume(once.second, once.rows)
     assert raised == pytest.approx(6 * math.log(2), abs=1e-4)
     kept = score.kept_directions(shares(b))
-    assert score.volume(b, twice, kept) == pytest.approx(score.volume(b, once, kept), abs=1e-5)
-    for measure in (score.relevance, score.diversity):
-        one, two = (score.score(b, s, measure, draws=0).value for s in (once, twice))
+    volumes = [float(score.volume(score.side(b), score.side(s), kept)) for s in (once, twice)]
+    assert volumes[1] == pytest.approx(volumes[0], abs=1e-5)
+    for by in ("relevance", "diversity"):
+        one, two = (score.score(b, s, by, draws=0).value for s in (once, twice))
         assert two == pytest.approx(one, abs=1e-5)
 
 
@@ -228,7 +229,7 @@ def test_noise_raises_neither_relevance_nor_coverage() -> None:
     assert reference.volume(noise.second, 300) > reference.volume(clean.second, 300)
     assert reference.dispersion(noise.variance) > reference.dispersion(clean.variance)
     kept, sb = score.kept_directions(shares(b)), shares(b)
-    assert score.volume(b, noise, kept) < score.volume(b, clean, kept)
+    assert score.volume(*map(score.side, (b, noise)), kept) < score.volume(*map(score.side, (b, clean)), kept)
     assert score.dispersion(sb, shares(noise), kept) < score.dispersion(sb, shares(clean), kept)
     assert ours(buyer, noisy) < 0.9 * ours(buyer, seller)
 
@@ -245,9 +246,10 @@ def test_the_published_value_of_a_direction_counts_variance_that_lies_elsewhere(
 
 
 def test_the_vendi_score_of_orthogonal_groups_is_their_number() -> None:
-    x = torch.eye(24)[torch.arange(12) % 4] * torch.linspace(1, 3, 12)[:, None]
+    groups = torch.eye(24)[torch.arange(12) % 4]
+    x = groups * torch.linspace(1, 3, 12)[:, None]
     assert reference.vendi(x) == pytest.approx(4)
-    assert score.vendi(moments_along(torch.eye(24)[torch.arange(12) % 4], torch.eye(24)[:, :6])) == pytest.approx(4)
+    assert float(score.vendi(score.side(moments_along(groups, torch.eye(24)[:, :6])))) == pytest.approx(4)
 
 
 def test_turning_the_directions_turns_the_moments() -> None:
@@ -288,3 +290,101 @@ def test_sensitivity_read_off_the_data_tells_of_one_row() -> None:
     neighbour = x.clone()
     neighbour[0] *= 50
     assert reference.data_dependent_noise(neighbour, 1, 1e-6) > 5 * reference.data_dependent_noise(x, 1, 1e-6)
+
+
+def test_an_empty_batch_changes_nothing_wherever_it_comes() -> None:
+    x, v = rows(60, 1), torch.eye(24)[:, :3]
+    stream = StreamingMoments(v)
+    for part in (x[:0], x[:20], x[:0], x[20:]):
+        stream.update(part)
+    torch.testing.assert_close(stream.moments().second, moments_along(x, v).second)
+    assert stream.rows == 60
+
+
+@pytest.mark.parametrize("factor", [1e-13, 1e-6, 1e9, 1e15])
+def test_moments_of_rows_of_any_length_are_those_of_rows_of_length_one(factor: float) -> None:
+    x, v = rows(300, 1), torch.eye(24)[:, :4]
+    stream = StreamingMoments(v * 1.0, cross=True)
+    got, base = stream.update(x * factor), StreamingMoments(v, cross=True).update(x)
+    torch.testing.assert_close(got.cross() / factor**2, base.cross(), rtol=1e-5, atol=1e-6)
+    m, one = got.moments(), base.moments()
+    for name, power in (("mean", 1), ("second", 2), ("variance_se", 2)):
+        torch.testing.assert_close(getattr(m, name) / factor**power, getattr(one, name), rtol=1e-5, atol=1e-6)
+    assert m.energy / factor**2 == pytest.approx(one.energy, rel=1e-6)
+
+
+def test_rows_too_long_for_their_squares_are_a_sentence() -> None:
+    x = rows(10, 0)
+    x[4] *= 1e25
+    with pytest.raises(ValueError, match="norm of at most 1e\\+18, got a longer one in row 4"):
+        moments_along(x, torch.eye(24)[:, :2])
+    x = rows(10, 0)
+    x[4] *= 1e15
+    with pytest.raises(ValueError, match="comparable length"):
+        StreamingMoments(torch.eye(24)[:, :2]).update(x[:4]).update(x[4:]).moments()
+
+
+def test_the_error_of_pooled_variances_is_that_of_repeated_samples_even_where_means_differ() -> None:
+    v = torch.eye(24)[:, :1]
+    pooled = [
+        score.pool([moments_along(rows(100, 2 * seed), v), moments_along(rows(100, 2 * seed + 1) + 3, v)])
+        for seed in range(300)
+    ]
+    spread = torch.stack([m.variance for m in pooled]).std(0)
+    # 300 samples know a standard deviation to 1/√600 = 4 %; three of those
+    torch.testing.assert_close(torch.stack([m.variance_se for m in pooled]).mean(0), spread, rtol=0.12, atol=0)
+
+
+@pytest.mark.parametrize("by", ["relevance", "volume", "vendi"])
+@pytest.mark.parametrize("far", [False, True])
+def test_the_error_of_a_difference_is_what_repeated_samples_of_all_sides_scatter_by(by: str, far: bool) -> None:
+    v = torch.eye(24)[:, :6]
+    falling = torch.linspace(0, 3, 24).neg().exp()
+    measure = score.MEASURES[by]
+
+    def difference(draw) -> torch.Tensor:
+        buyer, one, other = (draw(*x) for x in ((200, 1, falling), (300, 2, falling), (300, 3, falling ** (1 + far))))
+        return measure(buyer, one, kept, weight) - measure(buyer, other, kept, weight)
+
+    own = shares(moments_along(rows(200, 1), v))
+    kept = score.kept_directions(own)
+    weight = score.weights(own, kept)
+    found = [difference(lambda n, i, s, t=t: score.side(moments_along(rows(n, 10 * t + i, s), v))) for t in range(200)]
+    generator = torch.Generator().manual_seed(0)
+    drawn = difference(lambda n, i, s: score.draw(moments_along(rows(n, i, s), v), 1000, generator))
+    # 200 samples know a standard deviation to 5 %, one sample's kurtosis moves the stated one by as much and more
+    assert 0.8 < float(drawn.std() / torch.stack(found).std()) < 1.4
+
+
+def test_draws_have_the_moments_and_the_errors_that_were_stated() -> None:
+    x = rows(500, 3) * (1 + torch.rand(500, 1, generator=torch.Generator().manual_seed(0)) * 2)  # heavy tails
+    m = moments_along(x, directions_of(x, 5))
+    noisy = score.replace(m, mean_noise=0.02, second_noise=0.03)
+    for given_, extra_mean, extra in ((m, 0.0, 0.0), (noisy, 0.02, 0.03)):
+        drawn = score.draw(given_, 4000, torch.Generator().manual_seed(0))
+        variance = drawn.covariance.diagonal(dim1=1, dim2=2)
+        error = (m.variance * score._relative_error(m)).square().add(extra**2).sqrt()
+        # 4000 draws know a mean to 1/√4000 of its standard deviation (times 4), and that to 1/√8000 (times 5)
+        assert float(((variance.mean(0) - m.variance) / error).abs().max()) < 0.064
+        torch.testing.assert_close(variance.std(0), error, rtol=0.06, atol=0)
+        mean_error = (m.variance / m.rows + extra_mean**2).sqrt()
+        torch.testing.assert_close(drawn.mean.std(0), mean_error, rtol=0.06, atol=0)
+        assert float(drawn.energy.std()) == pytest.approx(m.energy_se, rel=0.06)
+        assert float(drawn.covariance[:, 0, 1].std()) > extra / math.sqrt(2)
+    unit = score.replace(m, energy_se=0.0)
+    assert float(score.draw(unit, 100, torch.Generator().manual_seed(0)).energy.std()) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_direction_that_noise_has_made_negative_is_drawn_with_its_noise() -> None:
+    second = torch.diag(torch.tensor([1.0, -0.02], dtype=torch.float64))
+    m = score.Moments(1000, torch.zeros(2).double(), second, 2.0, torch.tensor([0.04, 0.0]).double(), 0.0, 0.1, 0.1)
+    drawn = score.draw(m, 2000, torch.Generator().manual_seed(0)).covariance[:, 1, 1]
+    assert float(drawn.std()) == pytest.approx(0.1, rel=0.08)
+
+
+def test_a_score_by_a_name_that_is_none_is_a_sentence() -> None:
+    b, s = both(rows(100, 1), rows(100, 2))
+    with pytest.raises(ValueError, match="one of relevance, .*, vendi, got 'price'"):
+        score.score(b, s, "price")
+    with pytest.raises(ValueError, match="same directions, got 6 and 5"):
+        score.score(b, moments_along(rows(100, 2), torch.eye(24)[:, :5]))
