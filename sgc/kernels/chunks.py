@@ -81,8 +81,8 @@ def take_top(key, tag, COUNT: tl.constexpr, SLOTS: tl.constexpr):
     Returns keys and tags (C, SLOTS), the tag −1 in slots beyond COUNT.
     """
     slot = tl.arange(0, SLOTS)[None, :]
-    best = tl.zeros((key.shape[0], SLOTS), tl.int32)
-    found = best - 1
+    best = tl.zeros((key.shape[0], SLOTS), key.dtype)
+    found = tl.full((key.shape[0], SLOTS), -1, tl.int32)
     for number in range(COUNT):
         largest = tl.max(key, 1)
         first = tl.min(tl.where(key == largest[:, None], tag, NO_TAG), 1)

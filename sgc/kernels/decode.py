@@ -1,0 +1,289 @@
+"""The fused recovery by thresholding, and the scatter of what is recovered into the weights.
+
+The twins are `sgc.codec.recover.recover` with "threshold" and `sgc.step.apply_sparse`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sgc.codec.layout import Layout
+from sgc.codec.project import Projection
+from sgc.codec.recover import RIDGE
+from sgc.kernels.chunks import (
+    OUTSIDE,
+    PADDING,
+    group_length,
+    is_real,
+    magnitude,
+    popcount,
+    power_of_two,
+    project_word,
+    root_of,
+    shape_of,
+    signed,
+    start_of,
+    tag_of,
+    take_top,
+)
+from sgc.kernels.dense import mixed, noise_of
+
+MOST_ENTRIES = 2048  # of a chunk: the correlations of 16 chunks are held in registers
+MOST_RECOVERED = 32  # the Gram matrices are held there, too
+WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
+TILE = 1 << 14  # correlations that a program holds, and entries of its Gram matrices
+WARPS = 8
+
+
+def obstacle(layout: Layout, projection: Projection, recovered: int, method: str) -> str | None:
+    """Say why the kernel can't recover such chunks, or None."""
+    if method != "threshold":
+        return f'recovery="{method}" goes over A several times'
+    if projection.sketch_size >= layout.chunk:
+        return f"sketch_size={projection.sketch_size} is no less than the {layout.chunk} entries of a chunk"
+    if layout.chunk > MOST_ENTRIES:
+        return f"a chunk has {layout.chunk} entries, more than {MOST_ENTRIES}"
+    if recovered > min(MOST_RECOVERED, layout.chunk):
+        return f"recovered={recovered} is more than {min(MOST_RECOVERED, layout.chunk)}"
+    return None
+
+
+def decode(
+    sketch: Tensor, layout: Layout, projection: Projection, recovered: int, *, scale: float = 1.0, take: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Recover scale·y ≈ A[:, index]·value by one pass over A and least squares, and with `take` remove it: y ← y − A·x̂.
+
+    Correlations are accurate as fp32's: y is split into three bf16 numbers, which hold all 24 bits, the signs are exact
+    in bf16, and the tensor cores add in fp32. So the entries chosen are those of the largest |Aᵀy|, up to sums of k terms
+    added in another order; of equal ones the lowest index.
+
+    Args:
+        sketch: y, (c, k) fp32 contiguous; changed in place with `take`.
+        layout: the chunks.
+        projection: A.
+        recovered: s'.
+        scale: of the values.
+        take: whether what is recovered leaves the sketch, at scale 1.
+
+    Returns:
+        index (c, s') int64, ascending in each chunk, and value (c, s') fp32, 0 on padding.
+    """
+    index = sketch.new_empty((layout.chunks, recovered), dtype=torch.int64)
+    value = sketch.new_empty((layout.chunks, recovered))
+    if not layout.chunks:
+        return index, value
+    entries, slots = max(16, power_of_two(layout.chunk)), power_of_two(recovered)
+    tile = min(128, max(16, min(TILE // entries, TILE // slots**2)))
+    words = projection.words(layout.chunk, sketch.device)
+    _decode[(triton.cdiv(layout.chunks, tile),)](
+        sketch,
+        words,
+        index,
+        value,
+        layout.chunks,
+        layout.numel,
+        scale,
+        root_of(projection.sketch_size),
+        RIDGE,
+        words.shape[1],
+        K=projection.sketch_size,
+        S=recovered,
+        SLOTS=slots,
+        LENGTH=group_length(entries, slots),
+        C=tile,
+        ENTRIES=entries,
+        TAKE=take,
+        # the interpreter multiplies the bits of bf16 numbers, so there the three parts are multiplied in fp32
+        DOT=tl.bfloat16 if isinstance(_decode, triton.JITFunction) else tl.float32,
+        num_warps=WARPS,
+        enable_fp_fusion=True,
+        **shape_of(layout),
+    )
+    return index, value
+
+
+def apply(
+    weight: Tensor,
+    layout: Layout,
+    index: Tensor,
+    value: Tensor,
+    lr: float,
+    decay: float,
+    seed: int | None,
+) -> None:
+    """W ← (1 − decay)·W − lr·u, u scattered at its coordinates; without decay only those are touched.
+
+    Args:
+        weight: contiguous, of `layout.shape`.
+        layout: its chunks.
+        index: (c, s') int64 in [0, n), no two alike in a chunk.
+        value: (c, s') fp32.
+        lr: learning rate times scale, negative to maximize.
+        decay: learning rate times weight decay.
+        seed: of stochastic rounding to bf16; None rounds to nearest.
+    """
+    if not layout.chunks:
+        return
+    count = index.shape[1]
+    slots, entries = power_of_two(count), power_of_two(layout.chunk)
+    tile = max(1, 1024 // (entries if decay else slots))
+    _apply[(triton.cdiv(layout.chunks, tile),)](
+        weight,
+        index,
+        value,
+        layout.chunks,
+        layout.numel,
+        lr,
+        1 - decay,
+        0 if seed is None else (seed ^ seed >> 32) & 0x7FFFFFFF,
+        S=count,
+        SLOTS=slots,
+        C=tile,
+        ENTRIES=entries,
+        DECAYS=decay != 0,
+        STOCHASTIC=seed is not None and weight.dtype is torch.bfloat16,
+        num_warps=4,
+        enable_fp_fusion=False,
+        **shape_of(layout),
+    )
+
+
+@triton.jit(do_not_specialize=["chunks", "numel", "scale", "root", "ridge", "held"])
+def _decode(
+    sketch, words, index_out, value_out, chunks, numel, scale, root, ridge, held,
+    K: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, LENGTH: tl.constexpr, C: tl.constexpr,
+    ENTRIES: tl.constexpr, TAKE: tl.constexpr, DOT: tl.constexpr,
+    N: tl.constexpr, COLS: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """index, value = the s' of largest |Aᵀy|, by least squares; TAKE: y ← y − A·x̂.
+
+    Bytes: y read once (with TAKE also written; its second read is from the cache), 12·s'/n for each entry of a chunk
+    written. Operations for each entry of a chunk: 3·k multiply-adds on the tensor cores, k/C·3 to unpack signs, 2 for
+    its group's maximum, and for the rounds 12·s'·√(s'/n); 6·s'³ for each chunk to solve.
+    """
+    chunk = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)[:, None]
+    entry = tl.arange(0, ENTRIES)[None, :]
+    bit = tl.arange(0, 32)
+    score = tl.zeros((C, ENTRIES), tl.float32)
+    for number in range((K + 31) // 32):
+        row = number * 32 + bit[None, :]
+        y = tl.load(sketch + chunk * K + row, mask=(chunk < chunks) & (row < K), other=0.0)
+        high = y.to(tl.bfloat16)
+        y -= high.to(tl.float32)
+        middle = y.to(tl.bfloat16)
+        low = (y - middle.to(tl.float32)).to(tl.bfloat16)
+        word = tl.load(words + number * held + entry, mask=entry < N, other=0)
+        negative = ((word >> bit[:, None]) & 1) ^ 1
+        sign = (0x3F80 | (negative << 15)).to(tl.int16).to(tl.bfloat16, bitcast=True).to(DOT)
+        score = tl.dot(low.to(DOT), sign, score)
+        score = tl.dot(middle.to(DOT), sign, score)
+        score = tl.dot(high.to(DOT), sign, score)
+
+    # the support: groups of every (ENTRIES/LENGTH)-th entry, so that a thread finds their maxima among its own
+    GROUPS: tl.constexpr = ENTRIES // LENGTH
+    inside = is_real(chunk, entry, chunks, numel, N, COLS, PIECES, PADDED)
+    size = tl.where(inside, tl.abs(score), tl.where(entry < N, PADDING, OUTSIDE).to(tl.float32))
+    best = tl.max(tl.reshape(size, (C, LENGTH, GROUPS)), 1)
+    group = tl.zeros((C, GROUPS), tl.int32) + tl.arange(0, GROUPS)[None, :]
+    _, chosen = take_top(best, group, S, SLOTS)
+    slot = tl.arange(0, SLOTS)
+    score = tl.reshape(score, (C, LENGTH, GROUPS))
+    few = tl.zeros((C, SLOTS, LENGTH), tl.float32)
+    for number in range(S):
+        which = tl.sum(tl.where(slot[None, :] == number, chosen, 0), 1)
+        member = (group == which[:, None]).to(tl.float32)
+        found = tl.sum(score * member[:, None, :], 2)
+        few = tl.where(slot[None, :, None] == number, found[:, None, :], few)
+    few = tl.reshape(few, (C, SLOTS * LENGTH))
+    member = chosen[:, :, None] + GROUPS * tl.arange(0, LENGTH)[None, None, :]
+    at = tl.reshape(tl.where(chosen[:, :, None] < 0, -1, member), (C, SLOTS * LENGTH))
+    inside = is_real(chunk, at, chunks, numel, N, COLS, PIECES, PADDED) & (at >= 0)
+    key = tl.where(inside, magnitude(few), tl.where((at >= 0) & (at < N), PADDING, OUTSIDE))
+    key, tag = take_top(key, tl.where(at >= 0, tag_of(at, few), -2), S, SLOTS)
+    index = tag >> 1
+    real = (key >= 0) & (slot < S)[None, :]
+    right = tl.where(real, signed(key, tag) * root, 0.0)
+
+    if S > 1:
+        # Gauss-Jordan elimination on Gram matrices (C, SLOTS, SLOTS), symmetric and positive with the ridge
+        apart = tl.zeros((C, SLOTS, SLOTS), tl.int32)
+        for number in range((K + 31) // 32):
+            word = tl.load(words + number * held + index, mask=real, other=0)
+            apart += popcount(word[:, :, None] ^ word[:, None, :])
+        both = real[:, :, None] & real[:, None, :]
+        diagonal = (slot[:, None] == slot[None, :])[None, :, :]
+        gram = tl.where(both, 1.0 - apart.to(tl.float32) * (2.0 * root * root), 0.0)
+        gram = tl.where(diagonal, 1.0 + ridge, gram)
+        for number in range(S):
+            here = slot == number
+            column = tl.sum(tl.where(here[None, None, :], gram, 0.0), 2)
+            across = tl.sum(tl.where(here[None, :, None], gram, 0.0), 1)
+            pivot = tl.sum(tl.where(here[None, :], column, 0.0), 1)
+            value = tl.sum(tl.where(here[None, :], right, 0.0), 1)
+            factor = tl.where(here[None, :], 0.0, column / pivot[:, None])
+            gram -= factor[:, :, None] * across[:, None, :]
+            right -= factor * value[:, None]
+        right = right / tl.sum(tl.where(diagonal, gram, 0.0), 2)
+
+    before = (index[:, None, :] < index[:, :, None]) & (slot < S)[None, None, :]
+    place = chunk * S + tl.sum(before.to(tl.int32), 2)
+    here = (chunk < chunks) & (slot < S)[None, :]
+    tl.store(index_out + place, index.to(tl.int64), mask=here)
+    tl.store(value_out + place, right * scale, mask=here)
+
+    if TAKE:
+        tl.debug_barrier()  # all of y has been read
+        for number in range((K + 31) // 32):
+            row = number * 32 + bit[None, :]
+            there, kept = sketch + chunk * K + row, (chunk < chunks) & (row < K)
+            taken = project_word(words, number, index, tl.where(real, right, 0.0) * root, held, N)
+            tl.store(there, tl.load(there, mask=kept) - taken, mask=kept)
+
+
+@triton.jit
+def _store(weight, at, x, chunk, entry, seed, mask, STOCHASTIC: tl.constexpr):
+    """Store fp32 in the dtype of the weights; to bf16 up or down at random, so that the mean of the result is x."""
+    if weight.dtype.element_ty == tl.bfloat16:  # the upper half of an fp32; to nearest, where not at random
+        bits = x.to(tl.uint32, bitcast=True)
+        if STOCHASTIC:
+            low, high = chunk.to(tl.uint32), (chunk >> 32).to(tl.uint32)
+            key = mixed(low ^ mixed(high ^ mixed(seed.to(tl.uint32))))
+            bits += noise_of(key, mixed(entry.to(tl.uint32) + 1))
+        else:
+            bits += 0x7FFF + ((bits >> 16) & 1)
+        x = tl.where(x == x, (bits & 0xFFFF0000).to(tl.float32, bitcast=True), x)
+    tl.store(weight + at, x.to(weight.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["chunks", "numel", "lr", "keep", "seed"])
+def _apply(
+    weight, index, value, chunks, numel, lr, keep, seed,
+    S: tl.constexpr, SLOTS: tl.constexpr, C: tl.constexpr, ENTRIES: tl.constexpr, DECAYS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    N: tl.constexpr, COLS: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """W ← keep·W − lr·u.
+
+    Bytes: 12·s'/n for each entry of a chunk read, and a sector of 32 bytes of W read and written for each of the s';
+    with DECAYS all of W read and written, once.
+    """
+    chunk = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)[:, None]
+    slot = tl.arange(0, SLOTS)[None, :]
+    here = (chunk < chunks) & (slot < S)
+    moved = tl.load(index + chunk * S + slot, mask=here, other=0).to(tl.int32)
+    u = tl.load(value + chunk * S + slot, mask=here, other=0.0)
+    here &= is_real(chunk, moved, chunks, numel, N, COLS, PIECES, PADDED)
+    start = start_of(chunk, N, COLS, PIECES)
+    old = tl.load(weight + start + moved, mask=here, other=0.0).to(tl.float32)
+    if DECAYS:
+        entry = tl.arange(0, ENTRIES)[None, :]
+        inside = is_real(chunk, entry, chunks, numel, N, COLS, PIECES, PADDED)
+        kept = tl.load(weight + start + entry, mask=inside, other=0.0).to(tl.float32) * keep
+        tl.debug_barrier()  # all old weights have been read
+        _store(weight, start + entry, kept, chunk, entry, seed, inside, STOCHASTIC)
+        tl.debug_barrier()  # and what decayed is written, before what moved
+        old = old * keep
+    _store(weight, start + moved, old - lr * u, chunk, moved, seed, here, STOCHASTIC)
