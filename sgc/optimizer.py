@@ -6,13 +6,14 @@ import logging
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from sgc import memory, moments, sharded
+from sgc import dispatch, memory, moments, sharded
 from sgc.arguments import check_group, check_param
 from sgc.codec.layout import Layout
 from sgc.codec.project import Projection, mix
@@ -32,6 +33,9 @@ from sgc.step import (
     sketched_update,
 )
 from sgc.zero import Partition, Piece, Tools, find_pieces, on_cpu
+
+if TYPE_CHECKING:
+    from sgc.kernels.batch import Batch, Entry, Pending
 
 FACTOR = "gradient_factor"  # in a checkpoint, in every group: what clipping made of the last compressed gradients
 PENDING = "pending"  # in a checkpoint, beside the state of a tensor: its compressed gradient
@@ -121,11 +125,17 @@ class SGC(torch.optim.Optimizer):
         self._steps = 0
         self._grad_norm = math.nan
         self._skipped = 0
+        self._batches: dict[torch.device, Batch] = {}
+        self._unsettled: deque[tuple[list[float], list[Pending]]] = deque()  # norms known and to come, by step
         self._compared = False
         self._compressor: Compressor | None = None
         self._given: list[weakref.ref[Tensor]] = getattr(self, "_given", [])  # a sharding harness may replace them
         self._given_by_id: dict[int, weakref.ref[Tensor]] = getattr(self, "_given_by_id", {})
         self._partitions: dict[Tensor, Partition] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         compressor = getattr(self, "_compressor", None)  # torch's load_state_dict comes here too
@@ -209,6 +219,7 @@ class SGC(torch.optim.Optimizer):
 
         Source: ours.
         """
+        self._settle()
         if self._compressor is not None:
             self._compressor.remove()
             self._compressor = None
@@ -276,7 +287,10 @@ class SGC(torch.optim.Optimizer):
         for group in self.param_groups:
             group["steps"] += 1
         self._probes = [] if self._probing else self._probes
-        ready = self._with_parts(ready)
+        self._settle(wait=False)
+        ready, batches = self._split_batches(self._with_parts(ready))
+        if ready:
+            self._settle()
         norms = _norms([gradient for _, _, gradient, _ in ready])
         moving = (entry[2] for entry, norm in zip(ready, norms, strict=True) if math.isfinite(norm) and norm > 0)
         sharded.reduce_sketches((part for part in moving if isinstance(part, sharded.Part)), self._projection)
@@ -285,8 +299,57 @@ class SGC(torch.optim.Optimizer):
                 self._skipped += 1
             elif norm >= 0:
                 self._update(number, param, gradient, group, moves=norm > 0)
-        self._grad_norm = math.hypot(*(norm for norm in norms if not norm < 0))
+        self._unsettled.append((norms, [self._batches[device].update(batch) for device, batch in batches.items()]))
+        if not batches:
+            self._settle()
         return loss
+
+    def _split_batches(
+        self, ready: Sequence[tuple[int, Tensor, Any, Any]]
+    ) -> tuple[list[tuple[int, Tensor, Any, Any]], dict[torch.device, list[Entry]]]:
+        """Take out the tensors that kernels update together, by device."""
+        rest, batches = [], dict[torch.device, "list[Entry]"]()
+        fused = {
+            device: dispatch.choose("apply", device).fused for device in {param.device for _, param, _, _ in ready}
+        }
+        for one in ready:
+            entry = self._entry(*one) if fused[one[1].device] else None
+            if entry is None:
+                rest.append(one)
+            else:
+                batches.setdefault(entry.weight.device, []).append(entry)
+        for device in batches:
+            if device not in self._batches:
+                from sgc.kernels.batch import Batch
+
+                self._batches[device] = Batch(device)
+        return rest, batches
+
+    def _entry(self, number: int, param: Tensor, gradient: Any, group: dict[str, Any]) -> Entry | None:
+        """Give what a batch needs to update a whole tensor without a sketch, or None where it can't."""
+        layout = memory.tensor_layout(param.shape, group)
+        sketched = layout is not None and (group["recovered"] is not None or memory.has_basis(param.shape, group))
+        if sketched or type(gradient) is not Tensor or sharded.is_sharded(param) or not param.numel():
+            return None
+        from sgc.kernels.batch import Entry, obstacle
+
+        why_not = obstacle(param, gradient)
+        if why_not is not None and not dispatch.choose("apply", param.device, why_not).fused:
+            return None
+        lr = float(group["lr"])
+        decay, signed_lr = lr * group["weight_decay"], -lr if group["maximize"] else lr
+        if layout is not None:
+            signed_lr *= moments.update_scale(param.numel(), layout.chunks, layout.chunk, group)
+        state, seed, stochastic = self._state_of(param, group), self._seed(number, group), group["stochastic_rounding"]
+        return Entry(param, gradient, state, layout, signed_lr, decay, group["eps"], group["betas"], seed, stochastic)
+
+    def _settle(self, wait: bool = True) -> None:
+        """Learn which of the last updates were none, where kernels decided it; without `wait`, what is known by now."""
+        while self._unsettled and (wait or all(pending.ready() for pending in self._unsettled[0][1])):
+            norms, pending = self._unsettled.popleft()
+            found = [norm for one in pending for norm in one.settle()]
+            self._skipped += sum(not math.isfinite(norm) for norm in found)
+            self._grad_norm = math.hypot(*(norm for norm in [*norms, *found] if not norm < 0))
 
     def _partition(self, param: Tensor) -> Partition | None:
         """Give the pieces of a tensor that DeepSpeed has put in the place of others."""
@@ -432,8 +495,11 @@ class SGC(torch.optim.Optimizer):
         """
         if param.dtype is not torch.bfloat16 and group["state_dtype"] != "bfloat16":
             return None
-        seed = mix(mix(mix(group["seed"] & 0xFFFFFFFF) ^ number) ^ group["steps"])
+        seed = self._seed(number, group)
         return torch.Generator(param.device).manual_seed(mix(seed ^ mix(stream)) if stream else seed)
+
+    def _seed(self, number: int, group: Mapping[str, Any]) -> int:
+        return mix(mix(mix(group["seed"] & 0xFFFFFFFF) ^ number) ^ group["steps"])
 
     def _projection(self, group: Mapping[str, Any]) -> Projection | None:
         key = (group["sketch_size"], group["seed"])
@@ -479,6 +545,7 @@ class SGC(torch.optim.Optimizer):
             recovered update leaves unexplained; recovered_fraction, 1 − its square; support_overlap, the share of
             recovered entries that the step before recovered too. What has not been seen yet is nan.
         """
+        self._settle()
         tensors = {id(param): param for param in (*(param for _, param, _ in self._numbered()), *self._partitions)}
         parameters = sum(sharded.local(param).numel() for param in tensors.values())
         held = self.state_bytes()
@@ -533,6 +600,7 @@ class SGC(torch.optim.Optimizer):
 
         Those are summed over the ranks first: in the middle of an accumulation, call it on every rank.
         """
+        self._settle()
         state_dict = super().state_dict()
         if self._compressor is None:
             return state_dict
@@ -555,6 +623,7 @@ class SGC(torch.optim.Optimizer):
             ValueError: the checkpoint is of another configuration, or holds a tensor of another shape; nothing has been
                 overwritten then.
         """
+        self._settle()
         state_dict = _numbered_state(state_dict)
         pending = {number: held[PENDING] for number, held in state_dict["state"].items() if PENDING in held}
         if pending and self._compressor is None:

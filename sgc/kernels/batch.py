@@ -1,0 +1,281 @@
+"""One update of many tensors in a handful of launches, without waiting for the device.
+
+The host does not learn whether a gradient is finite before it goes on: kernels decide that on the device, and a
+`Pending` brings ‖g‖ of every tensor back when it can be had for nothing. Until then `state["step"]` counts the update
+as made. Each tensor has a slot on the device that counts its calls that were no updates; the table says of how many
+the host had learnt when it wrote `state["step"]`, so the device knows t whether the host is behind or not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from sgc.codec.layout import Layout
+from sgc.kernels import dense
+from sgc.kernels.dense import BLOCK, DTYPES, FOLDED, RATES, WARPS, WORDS, aligned, log_or_less, tiling
+
+WAVE_ENTRIES = 1 << 30  # of the tensors launched together: their scratch takes 4 bytes for every 85 of them, 50 MB
+MOST_PLANS = 8  # sets of tensors, as experts or adapters make, whose tables are kept
+
+
+class Entry(NamedTuple):
+    """One tensor's update, of weights and gradient in which `obstacle` sees none."""
+
+    weight: Tensor  # contiguous
+    gradient: Tensor
+    state: Mapping[str, Tensor]  # "step", and "row" and "col" or "exp_avg" and "exp_avg_sq"
+    layout: Layout | None  # its grid; None: kept dense, under AdamW
+    lr: float  # times scale, negative to maximize
+    decay: float  # lr times weight decay
+    eps: float
+    betas: tuple[float, float]
+    seed: int  # 32 bits, of stochastic rounding at this step
+    stochastic: bool  # whether bf16 weights are rounded so
+
+    @property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """R and C, or both moments of AdamW."""
+        first, second = ("row", "col") if self.layout is not None else ("exp_avg", "exp_avg_sq")
+        return self.state[first], self.state[second]
+
+
+class Kind(NamedTuple):
+    """What tensors of one launch have in common."""
+
+    factored: bool
+    gradients: torch.dtype
+    weights: torch.dtype
+    aligned: bool
+    stochastic: bool
+    across: int  # BN; 0 for tensors kept dense
+
+    def constants(self) -> dict[str, Any]:
+        """Give what kernels are compiled for."""
+        return {"DTYPE": DTYPES[self.gradients], "ALIGNED": self.aligned, "num_warps": WARPS}
+
+    def weight_constants(self) -> dict[str, Any]:
+        """Give what kernels that move weights are compiled for."""
+        return {**self.constants(), "WEIGHTS": DTYPES[self.weights], "STOCHASTIC": self.stochastic}
+
+
+class Launch(NamedTuple):
+    """Tensors of one kind that are launched together."""
+
+    kind: Kind
+    tiles: Tensor  # (programs,) int32, the tensor of each tile or block
+    folds: Tensor  # (programs,) int32, the tensor of each program that folds; empty for tensors kept dense
+    scratch: int  # fp32 numbers
+
+
+class Plan(NamedTuple):
+    """Tables for a set of tensors."""
+
+    static: Tensor  # (WORDS − RATES, tensors) int64
+    launches: list[Launch]
+    slots: list[int]
+    slots_there: Tensor  # (tensors,) int64, on the device
+    missed_now: Tensor  # (tensors,) int32, on the device
+
+
+class Pending:
+    """The norms of one call, on their way to the host."""
+
+    def __init__(self, norms: Tensor, steps: list[Tensor], slots: list[int], settled: list[int]) -> None:
+        self._steps, self._slots, self._settled = steps, slots, settled
+        self._event = torch.cuda.Event() if norms.is_cuda else None
+        self._norms = torch.empty(norms.shape, dtype=norms.dtype, pin_memory=norms.is_cuda)
+        self._norms.copy_(norms, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def ready(self) -> bool:
+        """Whether they can be read without waiting."""
+        return self._event is None or self._event.query()
+
+    def settle(self) -> list[float]:
+        """Give the norms, and take back the counts of updates that were none; to be called once."""
+        if self._event is not None:
+            self._event.synchronize()
+        norms: list[float] = self._norms.tolist()
+        for norm, step, slot in zip(norms, self._steps, self._slots, strict=True):
+            if not (norm > 0 and math.isfinite(norm)):
+                step -= 1
+                self._settled[slot] += 1
+        return norms
+
+
+class Batch:
+    """The tables and launches for the tensors of one optimizer on one device.
+
+    Args:
+        device: of all of them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._plans: dict[Any, Plan] = {}
+        self._slots: dict[int, int] = {}  # address of a weight → slot
+        self._settled: list[int] = []  # by slot: calls that were no updates, as far as the host has learnt
+        self._missed = torch.zeros(0, dtype=torch.int32, device=device)  # by slot: all of them
+
+    def update(self, entries: Sequence[Entry]) -> Pending:
+        """Make one update of every tensor whose gradient is finite; decay those whose gradient is all zero.
+
+        Weights and R, C or the moments are changed, and `state["step"]` counts an update until the result is settled.
+
+        Returns:
+            Their norms, when they arrive.
+        """
+        entries = [e._replace(gradient=e.gradient.contiguous()) for e in entries]
+        plan = self._plan(entries)
+        table = self._table(entries, plan)
+        norms = torch.empty(len(entries), dtype=torch.float32, device=self._device)
+        missed = (self._missed, norms, plan.missed_now, len(entries))
+        for launch in plan.launches:
+            self._run(launch, table, missed)
+        self._missed.index_copy_(0, plan.slots_there, plan.missed_now)
+        torch.autograd.graph.increment_version([e.weight for e in entries])
+        steps = [e.state["step"] for e in entries]
+        torch._foreach_add_(steps, 1)
+        return Pending(norms, steps, plan.slots, self._settled)
+
+    def _run(self, launch: Launch, table: Tensor, missed: tuple[Tensor, Tensor, Tensor, int]) -> None:
+        kind, count, norms = launch.kind, missed[-1], missed[1]
+        tiles, folds = (len(launch.tiles),), (len(launch.folds),)
+        totals = torch.empty(2 * max(*tiles, *folds), dtype=torch.float32, device=self._device)
+        if not kind.factored:
+            dense.dense_sums[tiles](table, launch.tiles, totals, count, **kind.constants())
+            dense.dense_adamw[tiles](table, launch.tiles, totals, *missed, **kind.weight_constants())
+            return
+        sizes = tiling(kind.across, kind.gradients.itemsize)
+        parts = torch.empty(launch.scratch, dtype=torch.float32, device=self._device)
+        dense.tile_sums[tiles](table, launch.tiles, parts, count, **kind.constants(), **sizes)
+        down = sizes["BM"] * sizes["STEPS"]
+        dense.fold_sums[folds](table, launch.folds, parts, totals, count, sizes["BN"], down, num_warps=WARPS)
+        dense.move_moments[folds](table, launch.folds, parts, totals, *missed, num_warps=WARPS)
+        dense.whiten_and_apply[tiles](table, launch.tiles, parts, norms, count, **kind.weight_constants(), **sizes)
+
+    def _table(self, entries: Sequence[Entry], plan: Plan) -> Tensor:
+        """Write what changes with every step beside what does not, and send it."""
+        bases = torch.stack([e.state["step"] for e in entries]).tolist()
+        settled = self._settled
+        words = [
+            [e.gradient.data_ptr() for e in entries],
+            [int(base) + settled[slot] for base, slot in zip(bases, plan.slots, strict=True)],
+            [e.seed for e in entries],
+        ]
+        rates = [
+            [e.lr for e in entries],
+            [1 - e.decay for e in entries],
+            [e.eps for e in entries],
+            [e.betas[0] for e in entries],
+            [e.betas[1] for e in entries],
+            [log_or_less(e.betas[0]) for e in entries],
+            [log_or_less(e.betas[1]) for e in entries],
+        ]
+        changing = [torch.tensor(words), torch.tensor(rates, dtype=torch.float64).view(torch.int64)]
+        return self._send(torch.cat([*changing, plan.static]))
+
+    def _plan(self, entries: Sequence[Entry]) -> Plan:
+        key = tuple(
+            (e.weight.data_ptr(), e.layout, kind_of(e), *(moment.data_ptr() for moment in e.moments)) for e in entries
+        )
+        if key not in self._plans:
+            if len(self._plans) == MOST_PLANS:
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[key] = self._make_plan(entries)
+        return self._plans[key]
+
+    def _make_plan(self, entries: Sequence[Entry]) -> Plan:
+        slots = [self._slots.setdefault(e.weight.data_ptr(), len(self._slots)) for e in entries]
+        new = len(self._slots) - len(self._settled)
+        self._settled += [0] * new
+        self._missed = torch.cat([self._missed, self._missed.new_zeros(new)])
+        columns: list[list[int]] = [[0] * (WORDS - RATES)] * len(entries)
+        launches = []
+        for kind, numbers in waves(entries):
+            tiles, folds, scratch, owners, folders = 0, 0, 0, [], []
+            for number in numbers:
+                entry = entries[number]
+                first, second = (moment.data_ptr() for moment in entry.moments)
+                held = [entry.weight.data_ptr(), first, second]
+                layout = entry.layout
+                if layout is None:
+                    numel = entry.weight.numel()
+                    columns[number] = [*held, 1, numel, numel, slots[number], tiles, 0, 0, 0, 0]
+                    own, folding = triton.cdiv(numel, BLOCK.value), 0
+                else:
+                    sizes = tiling(kind.across, kind.gradients.itemsize)
+                    down = triton.cdiv(layout.rows, sizes["BM"] * sizes["STEPS"])
+                    across = triton.cdiv(layout.cols, sizes["BN"])
+                    col_at = scratch + across * layout.rows
+                    sums_at = col_at + down * layout.cols
+                    size = [layout.rows, layout.cols, layout.numel]
+                    columns[number] = [*held, *size, slots[number], tiles, folds, scratch, col_at, sums_at]
+                    scratch = sums_at + layout.rows + layout.cols
+                    own = down * across
+                    folding = triton.cdiv(layout.rows, FOLDED.value) + triton.cdiv(layout.cols, FOLDED.value)
+                tiles, folds = tiles + own, folds + folding
+                owners.append(own)
+                folders.append(folding)
+            launches.append(Launch(kind, self._owners(numbers, owners), self._owners(numbers, folders), scratch))
+        static = torch.tensor(columns, dtype=torch.int64).T.contiguous()
+        none = torch.zeros(len(slots), dtype=torch.int32, device=self._device)
+        return Plan(static, launches, slots, self._send(torch.tensor(slots)), none)
+
+    def _send(self, here: Tensor) -> Tensor:
+        """Copy to the device without waiting; pinned memory is not given to others before it has been read."""
+        return here if self._device.type == "cpu" else here.pin_memory().to(self._device, non_blocking=True)
+
+    def _owners(self, numbers: Sequence[int], programs: Sequence[int]) -> Tensor:
+        tensors = torch.tensor(numbers, dtype=torch.int32)
+        return self._send(tensors.repeat_interleave(torch.tensor(programs)))
+
+
+def obstacle(weight: Tensor, gradient: Tensor) -> str | None:
+    """Say why the kernels can't make an update, or None."""
+    for tensor in (weight, gradient):
+        if tensor.dtype not in DTYPES:
+            return f"its dtype is {tensor.dtype}"
+    if not weight.is_contiguous():
+        return "its weights are not contiguous"
+    if gradient.device != weight.device:
+        return f"its gradient is on {gradient.device}, and its weights are on {weight.device}"
+    return None
+
+
+def kind_of(entry: Entry) -> Kind:
+    """Say with which tensors one can be launched."""
+    weight, gradient, layout = entry.weight, entry.gradient, entry.layout
+    addresses = [weight.data_ptr(), gradient.data_ptr()]
+    stochastic = entry.stochastic and weight.dtype is torch.bfloat16
+    if layout is None:
+        addresses += [moment.data_ptr() for moment in entry.moments]
+        fits = weight.numel() % 8 == 0 and all(address % 16 == 0 for address in addresses)
+        return Kind(False, gradient.dtype, weight.dtype, fits, stochastic, 0)
+    across = tiling(layout.cols, gradient.element_size())["BN"]
+    return Kind(True, gradient.dtype, weight.dtype, aligned(layout, *addresses), stochastic, across)
+
+
+def waves(entries: Sequence[Entry]) -> Iterator[tuple[Kind, list[int]]]:
+    """Yield the numbers of the tensors to be launched together."""
+    kinds: dict[Kind, list[int]] = {}
+    for number, entry in enumerate(entries):
+        kinds.setdefault(kind_of(entry), []).append(number)
+    for kind, numbers in kinds.items():
+        wave: list[int] = []
+        held = 0
+        for number in numbers:
+            entries_of = entries[number].weight.numel()
+            if wave and held + entries_of > WAVE_ENTRIES:
+                yield kind, wave
+                wave, held = [], 0
+            wave.append(number)
+            held += entries_of
+        yield kind, wave
