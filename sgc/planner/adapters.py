@@ -1,4 +1,7 @@
-"""LoRA and QLoRA as a plan sees them: peft's own adapters, and linear layers that hold 4 bits per weight."""
+"""LoRA and QLoRA as a plan sees them: layers that hold and multiply what peft's and bitsandbytes' do.
+
+Shapes and bytes are theirs (tests compare), numbers are not: peft's own can't be put on tensors without memory.
+"""
 
 from __future__ import annotations
 
@@ -9,36 +12,40 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from sgc.planner.models import PlanError
+from sgc.planner.trace import is_linear
 
 BLOCK = 64  # entries of NF4 that share a scale
 SCALES = 256  # scales that share one of their own, under double quantization
 
 
 def lora(model: Any, rank: int) -> nn.Module:
-    """Put adapters of this rank on every linear layer but the head, as peft's "all-linear" does."""
-    try:
-        import peft
-    except ImportError as error:
-        raise PlanError('a plan with LoRA needs peft: pip install "sgc[hf]"') from error
-    causal = not type(model).__name__.endswith("ForSequenceClassification")
-    task = "CAUSAL_LM" if causal else "SEQ_CLS"
-    config = peft.LoraConfig(task_type=task, r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    return peft.get_peft_model(model, config)
+    """Put adapters of this rank in fp32 on every linear layer but the head, as peft's "all-linear" does."""
+    return _adapted(model, rank, four_bits=False)
 
 
 def qlora(model: Any, rank: int) -> nn.Module:
-    """Hold the adapted layers' weights in 4 bits first (NF4 with double quantization, as QLoRA does)."""
-    adapted = lora(model, rank)
-    for module in adapted.modules():
-        base = getattr(module, "base_layer", None)
-        if isinstance(base, nn.Linear):
-            module.base_layer = FourBitLinear(base)  # type: ignore[assignment]  # a module, which the stub can't know
-    return adapted
+    """Hold the adapted layers' weights in 4 bits, too (NF4 with double quantization)."""
+    return _adapted(model, rank, four_bits=True)
+
+
+def _adapted(model: Any, rank: int, four_bits: bool) -> nn.Module:
+    head = model.get_output_embeddings()
+    classifier = [getattr(model, name, None) for name in ("score", "classifier")]
+    kept = {id(module) for part in (head, *classifier) if part is not None for module in part.modules()}
+    for param in model.parameters():
+        param.requires_grad_(False)
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if is_linear(layer) and id(layer) not in kept:
+                setattr(parent, name, Adapted(layer, rank, four_bits))
+    for part in classifier:  # peft trains a copy of it and keeps the first
+        if part is not None:
+            part.requires_grad_(True)
+    return model
 
 
 def four_bit_bytes(entries: int) -> int:
-    """Count the bytes of a weight in NF4 with double quantization, its scales and their code counted.
+    """Count the bytes of a weight in NF4 with double quantization, its scales and their maps counted.
 
     Those are what bitsandbytes 0.50 holds: half a byte per entry, a byte per block of 64, a fp32 scale per 256 of
     those, their fp32 mean, and two maps of 16 and 256 fp32 numbers.
@@ -47,19 +54,38 @@ def four_bit_bytes(entries: int) -> int:
     return math.ceil(entries / 2) + blocks + 4 * math.ceil(blocks / SCALES) + 4 + 4 * 16 + 4 * 256
 
 
-class FourBitLinear(nn.Module):
-    """A linear layer that holds the bytes of 4-bit weights and dequantizes them to multiply: shapes and no numbers."""
+class Adapted(nn.Module):
+    """A frozen linear layer with a low-rank one beside it."""
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Module, rank: int, four_bits: bool) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.bias = base.in_features, base.out_features, base.bias
-        held = torch.empty(four_bit_bytes(base.weight.numel()), dtype=torch.uint8)
-        self.register_buffer("held", held)
-        self.dtype = base.weight.dtype
+        weight: Tensor = base.weight  # type: ignore[assignment]  # a layer's weight is no module
+        rows, cols = weight.shape if isinstance(base, nn.Linear) else weight.T.shape  # Conv1D is the other way round
+        self.base = FourBitLinear(base, rows, cols) if four_bits else base
+        self.lora_A = nn.Parameter(torch.empty(rank, cols, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.empty(rows, rank, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the adapter's product, made in fp32."""
+        result = self.base(x)
+        low = linear(linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+        return (result + low * 2.0).to(result.dtype)
+
+
+class FourBitLinear(nn.Module):
+    """A linear layer that holds the bytes of 4-bit weights and dequantizes them to multiply."""
+
+    held: Tensor
+
+    def __init__(self, base: nn.Module, rows: int, cols: int) -> None:
+        super().__init__()
+        self.rows, self.cols, self.bias = rows, cols, base.bias
+        self.register_buffer("held", torch.empty(four_bit_bytes(rows * cols), dtype=torch.uint8))
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply by the dequantized weight, which backward makes again."""
-        return _Multiply.apply(x.to(self.dtype), self.held, self.bias, self.out_features)  # type: ignore[no-any-return]
+        found: Tensor = _Multiply.apply(x, self.held, self.bias, self.rows)
+        return found
 
 
 class _Multiply(torch.autograd.Function):

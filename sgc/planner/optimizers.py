@@ -99,7 +99,7 @@ def compressor_entries(model: nn.Module, contender: Contender) -> dict[str, int]
     """Give the fp32 numbers held of each compressed gradient, by name; `model` is on the meta device."""
     assert contender.sgc is not None  # asked of SGC alone
     optimizer = SGC(model.parameters(), **contender.sgc).attach(model, **(contender.attach or {}))
-    names = {param: name for name, param in model.named_parameters()}
+    names: dict[torch.Tensor, str] = {param: name for name, param in model.named_parameters()}
     assert optimizer._compressor is not None  # attached
     entries = {names[param]: slot.entries for param, slot in optimizer._compressor.slots.items()}
     optimizer.detach()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -160,12 +160,13 @@ def infos(model: nn.Module) -> list[Info]:
 
 def repeated_matrices(model: nn.Module) -> list[Tensor]:
     """List the weights of linear layers inside repeated blocks: attention and MLP, no embedding, no head."""
-    return [module.weight for name, module in model.named_modules() if _is_repeated_linear(name, module)]
+    repeated = ((name, module) for name, module in model.named_modules() if is_linear(module))
+    return [module.get_parameter("weight") for name, module in repeated if any(map(str.isdigit, name.split(".")))]
 
 
-def _is_repeated_linear(name: str, module: nn.Module) -> bool:
-    is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    return is_linear and any(part.isdigit() for part in name.split("."))
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer; GPT-2's are transformers' Conv1D."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 @contextlib.contextmanager
@@ -177,7 +178,7 @@ def fake() -> Iterator[None]:
         yield
 
 
-def trace(run: Run, adapt: Any = None) -> Trace:
+def trace(run: Run, adapt: Callable[[PreTrainedModel], nn.Module] | None = None) -> Trace:
     """Trace forward and backward of one batch of a model, as large as it may be.
 
     Args:
@@ -185,11 +186,10 @@ def trace(run: Run, adapt: Any = None) -> Trace:
         adapt: makes of the model what is trained instead, for adapters.
     """
     with fake():
-        model: nn.Module = make_model(run.config, run.dtype)
+        made = make_model(run.config, run.dtype)
         if run.checkpointing:
-            checkpointed(model)
-        if adapt is not None:
-            model = adapt(model)
+            checkpointed(made)
+        model: nn.Module = made if adapt is None else adapt(made)
         model.train()
         batch = torch.zeros(run.batch_size, run.sequence_length, dtype=torch.long)
         tracker = Tracker()
@@ -225,12 +225,13 @@ def checkpointed(model: PreTrainedModel) -> None:
 
 def loss_of(model: nn.Module, batch: Tensor, *, chunked: bool = False) -> Tensor:
     """Give the loss of a model on a batch (rows, tokens), as its own forward computes it or with a chunked head."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole: Any = model
+    inner = whole.get_base_model() if hasattr(model, "get_base_model") else whole
     if type(inner).__name__.endswith("ForSequenceClassification"):
-        return model(input_ids=batch, labels=batch[:, 0]).loss
+        return whole(input_ids=batch, labels=batch[:, 0]).loss
     if chunked:
         return _chunked_loss(inner, batch)
-    return model(input_ids=batch, labels=batch, use_cache=False).loss
+    return whole(input_ids=batch, labels=batch, use_cache=False).loss
 
 
 def _chunked_loss(model: Any, batch: Tensor) -> Tensor:

@@ -1,0 +1,249 @@
+"""The plan itself: one row per optimizer, each with what a device holds at its peak."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sgc.planner import adapters, report
+from sgc.planner.models import DTYPES, PlanError, check_run, load_config, make_model, parse_bytes
+from sgc.planner.optimizers import (
+    FP32,
+    Contender,
+    attached,
+    compressor_entries,
+    contenders,
+    encode_temporaries,
+    sgc,
+)
+from sgc.planner.sharding import Devices
+from sgc.planner.trace import Held, Info, Run, Trace, infos, trace
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+SKETCHES = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # of which the largest that fits is sought
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one device holds under one optimizer, in bytes."""
+
+    optimizer: str
+    spec: str
+    state: int  # all that the optimizer ever holds, compressed gradients counted
+    at_peak: Held | None  # None: not possible, see `note`
+    fits: bool | None  # None: no budget was given
+    estimated: bool = False  # whether more than the trace and closed forms is in it
+    note: str = ""
+
+    @property
+    def peak(self) -> int | None:
+        """Bytes of everything at the peak."""
+        return None if self.at_peak is None else self.at_peak.total
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A planned training step: what it is of, and what each optimizer would need for it."""
+
+    model: str
+    parameters: int
+    dtype: str
+    batch_size: int
+    sequence_length: int
+    gradient_checkpointing: bool
+    loss: str
+    world_size: int
+    strategy: str
+    budget: int | None  # bytes of a device
+    reserve: int  # bytes of it kept for what is not tensors
+    rows: tuple[Row, ...]
+    largest_sketch: int | None  # k of the largest sketch that fits with whole gradients
+    largest_compressed_sketch: int | None  # and with compressed ones
+
+    def table(self, color: bool = False) -> str:
+        """Lay the plan out as a table; what fits is green if there is colour."""
+        return report.table(self, color)
+
+    def json(self) -> str:
+        """Give the plan as JSON; all sizes are bytes."""
+        held = asdict(self)
+        for row, found in zip(held["rows"], self.rows, strict=True):
+            row["at_peak"] = None if found.at_peak is None else found.at_peak._asdict()
+            row["peak"] = found.peak
+        return json.dumps(held, indent=2)
+
+    def save_plot(self, path: str | Path) -> None:
+        """Draw the rows as stacked bars with the budget as a line.
+
+        Raises:
+            ImportError: matplotlib is not there.
+        """
+        report.save_plot(self, path)
+
+
+def plan(
+    model: str | PretrainedConfig,
+    *,
+    gpu_memory: str | float | None = None,
+    batch_size: int = 1,
+    sequence_length: int = 2048,
+    gradient_checkpointing: bool = False,
+    dtype: str = "bf16",
+    loss: str = "plain",
+    world_size: int = 1,
+    strategy: str = "ddp",
+    reserve: str | float | None = None,
+    lora_rank: int = 8,
+    galore_rank: int = 128,
+    apollo_rank: int = 256,
+    optimizers: Sequence[str] | None = None,
+) -> Plan:
+    """Say what a training step of a model would hold on one device, under each optimizer, without making a weight.
+
+    Args:
+        model: a built-in shape such as "llama-3-8b", a folder, a config.json, a name on the Hugging Face hub, or a
+            configuration.
+        gpu_memory: of a device, as "24GB", "24GiB" or bytes; None: nothing is said about what fits.
+        batch_size: rows on each device.
+        sequence_length: tokens of a row.
+        gradient_checkpointing: recompute the activations of every block in backward.
+        dtype: of the weights, "bf16", "fp16" or "fp32".
+        loss: "plain", as the model computes it, or "chunked", with torch's linear_cross_entropy (torch 2.13).
+        world_size: devices.
+        strategy: how they share, "ddp", "fsdp2", "zero1", "zero2" or "zero3".
+        reserve: memory kept for the CUDA context, workspaces and fragmentation; default 1 GB where memory is given.
+        lora_rank: of LoRA and QLoRA.
+        galore_rank: of GaLore.
+        apollo_rank: of APOLLO.
+        optimizers: specs of the rows wanted; default all.
+
+    Raises:
+        PlanError: the model is not known, or the step not possible; one sentence that says why. It is a ValueError.
+
+    Source: ours.
+    """
+    config = load_config(model)
+    check_run(config, batch_size, sequence_length)
+    if dtype not in DTYPES:
+        raise PlanError(f"the dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if loss not in ("plain", "chunked"):
+        raise PlanError(f'the loss must be "plain" or "chunked", got {loss!r}')
+    budget = None if gpu_memory is None else parse_bytes(gpu_memory)
+    kept = (0 if budget is None else 10**9) if reserve is None else 0 if reserve in (0, "0") else parse_bytes(reserve)
+    devices = Devices(world_size, strategy)
+    run = Run(config, DTYPES[dtype], batch_size, sequence_length, gradient_checkpointing, loss == "chunked")
+    planner = _Planner(run, devices, lora_rank)
+    wanted = contenders(run.dtype, lora_rank, galore_rank, apollo_rank)
+    if optimizers is not None:
+        unknown = set(optimizers) - {contender.spec for contender in wanted}
+        if unknown:
+            raise PlanError(f"optimizers must be among {', '.join(c.spec for c in wanted)}, got {sorted(unknown)[0]!r}")
+        wanted = [contender for contender in wanted if contender.spec in optimizers]
+    room = None if budget is None else budget - kept
+    rows = tuple(planner.row(contender, room) for contender in wanted)
+    return Plan(
+        model=model if isinstance(model, str) else type(model).__name__,
+        parameters=sum(info.numel for info in planner.params),
+        dtype=dtype,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        gradient_checkpointing=gradient_checkpointing,
+        loss=loss,
+        world_size=world_size,
+        strategy=strategy,
+        budget=budget,
+        reserve=kept,
+        rows=rows,
+        largest_sketch=planner.largest(lambda k: sgc(sketch_size=k), room),
+        largest_compressed_sketch=planner.largest(lambda k: attached(sketch_size=k), room),
+    )
+
+
+class _Planner:
+    """One traced step, and what every optimizer adds to it."""
+
+    def __init__(self, run: Run, devices: Devices, lora_rank: int) -> None:
+        self.run, self.devices, self.lora_rank = run, devices, lora_rank
+        self._traces: dict[str | None, Trace] = {}
+        with torch.device("meta"):
+            self.meta = make_model(run.config, run.dtype)
+        self.params = infos(self.meta)
+
+    def row(self, contender: Contender, room: int | None) -> Row:
+        """Plan one optimizer."""
+        if self.devices.shards and not contender.sharded:
+            note = f"not under {self.devices.strategy}"
+            return Row(contender.label, contender.spec, 0, None, None if room is None else False, note=note)
+        traced = self.trace(contender.adapter)
+        state = self.devices.state(contender, traced.params)
+        entries = compressor_entries(self.meta, contender) if contender.attach is not None else {}
+        peak = max(self.moments(contender, traced, state, entries), key=lambda held: held.total)
+        fits = None if room is None else peak.total <= room
+        held = state + FP32 * sum(entries.values())
+        return Row(contender.label, contender.spec, held, peak, fits, estimated=not self.devices.alone)
+
+    def trace(self, adapter: str | None) -> Trace:
+        """Trace forward and backward once for each kind of problem."""
+        if adapter not in self._traces:
+            adapts: dict[str | None, Callable[[PreTrainedModel], nn.Module] | None] = {
+                None: None,
+                "lora": lambda model: adapters.lora(model, self.lora_rank),
+                "qlora": lambda model: adapters.qlora(model, self.lora_rank),
+            }
+            self._traces[adapter] = trace(self.run, adapts[adapter])
+        return self._traces[adapter]
+
+    def moments(self, contender: Contender, traced: Trace, state: int, entries: Mapping[str, int]) -> Iterator[Held]:
+        """Yield what is held at every moment of backward in which it may be most, and in the step."""
+        share, weights, more = self.devices.around(traced.params)
+        buffers = traced.moments[0].weights - sum(info.bytes for info in traced.params)
+        weights += buffers
+        trained = [info for info in traced.params if info.trained]
+
+        def on_device(held: Held) -> Held:
+            found = Held(weights, round(share * held.gradients), state, held.activations, held.temporaries)
+            return found.plus(**more._replace(temporaries=0)._asdict()) if any(more) else found
+
+        for held in _compressed(traced, entries) if contender.attach is not None else traced.moments:
+            yield on_device(held)
+        left = sum(info.bytes for info in trained if info.name not in entries) + FP32 * sum(entries.values())
+        step = contender.step(self.devices.updated(trained))
+        yield on_device(Held(gradients=left, temporaries=step + more.temporaries))
+
+    def largest(self, make: Callable[[int], Contender], room: int | None) -> int | None:
+        """Find the largest sketch that fits."""
+        if room is None:
+            return None
+        low, high = -1, len(SKETCHES)  # fits, and does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.row(make(SKETCHES[middle]), room).fits:
+                low = middle
+            else:
+                high = middle
+        return SKETCHES[low] if low >= 0 else None
+
+
+def _compressed(traced: Trace, entries: Mapping[str, int]) -> Iterator[Held]:
+    """Yield what is held where gradients are freed as soon as they are there, and `entries` numbers kept of each."""
+    sizes = {info.name: info.bytes for info in traced.params}
+    arriving = {at: name for name, at in traced.arrivals.items() if name in entries}
+    freed = kept = 0
+    for at, held in enumerate(traced.moments):
+        yield held.plus(gradients=kept - freed)
+        if at in arriving:
+            name = arriving[at]
+            kept += FP32 * entries[name]
+            yield held.plus(gradients=kept - freed, temporaries=encode_temporaries(entries[name]))
+            freed += sizes[name]
+
+
+__all__ = ["Info", "Plan", "PlanError", "Row", "plan"]

@@ -1,0 +1,168 @@
+"""What one of several devices holds: the parts of weights, gradients and state that a strategy leaves to it.
+
+Exact are the state of SGC (the rules of `sgc.sharded` and `sgc.zero`) and shards of weights, cut where the strategy
+cuts them. Estimates are what a strategy holds for a moment: gathered layers, buckets and gradients on their way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from sgc import memory, sharded
+from sgc.optimizer import SGC
+from sgc.planner.models import PlanError
+from sgc.planner.optimizers import FP32, Contender
+from sgc.planner.trace import Held, Info
+from sgc.zero import Piece
+
+STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+REDUCE_BUCKET = 500_000_000  # entries of the bucket in which ZeRO-2 collects gradients (DeepSpeed's default)
+
+
+@dataclass(frozen=True)
+class Devices:
+    """So many devices that share the work by this strategy."""
+
+    world_size: int
+    strategy: str
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1:
+            raise PlanError(f"the world size must be at least 1, got {self.world_size}")
+        if self.strategy not in STRATEGIES:
+            raise PlanError(f"the strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nothing to share."""
+        return self.world_size == 1
+
+    @property
+    def shards(self) -> bool:
+        """Whether optimizers see shards or partitions."""
+        return not self.alone and self.strategy != "ddp"
+
+    @property
+    def flat(self) -> bool:
+        """Whether optimizers see flat fp32 partitions, as under DeepSpeed."""
+        return self.shards and self.strategy.startswith("zero")
+
+    def share(self, info: Info) -> Info:
+        """Give the largest shard of a tensor: the first rows."""
+        if not info.shape:
+            return info
+        if self.strategy == "zero3":
+            return replace(info, shape=(math.ceil(info.numel / self.world_size),))
+        return replace(info, shape=(math.ceil(info.shape[0] / self.world_size), *info.shape[1:]))
+
+    def state(self, contender: Contender, infos: Sequence[Info]) -> int:
+        """Count the bytes of optimizer state on the device that holds most."""
+        trained = [info for info in infos if info.trained]
+        if not self.shards:
+            return contender.held(trained)
+        if contender.sgc is not None:
+            group = SGC([torch.nn.Parameter(torch.empty(1))], **contender.sgc).param_groups[0]
+            held = _partition_bytes if self.flat else _shard_bytes
+            return held(trained, group, self.world_size) + contender.shared(trained)
+        if self.flat:
+            return contender.held([self._partition(trained)])
+        return contender.held([self.share(info) for info in trained])
+
+    def updated(self, infos: Sequence[Info]) -> list[Info]:
+        """List what a step updates on this device."""
+        if not self.shards:
+            return list(infos)
+        return [self._partition(infos)] if self.flat else [self.share(info) for info in infos]
+
+    def _partition(self, infos: Sequence[Info]) -> Info:
+        entries = math.ceil(sum(info.numel for info in infos) / self.world_size)
+        return Info("partition", (entries,), torch.float32)
+
+    def around(self, infos: Sequence[Info]) -> tuple[float, int, Held]:
+        """Say how weights and gradients are shared.
+
+        Returns:
+            The share of whole gradients that is held, bytes of weights held throughout, and what comes on top of every
+            moment: gathered layers, buckets, DeepSpeed's fp32 weights and gradients.
+        """
+        trained = [info for info in infos if info.trained]
+        whole = sum(info.bytes for info in infos)
+        gradients = sum(info.bytes for info in trained)
+        if self.alone:
+            return 1.0, whole, Held()
+        if self.strategy == "ddp":
+            return 1.0, whole, Held(gradients=gradients)  # its buckets: gradient_as_bucket_view is off by default
+        master = FP32 * self._partition(trained).numel
+        if self.strategy == "zero1":
+            return 1.0, whole, Held(weights=master, temporaries=master)
+        if self.strategy == "zero2":
+            bucket = min(REDUCE_BUCKET * infos[0].dtype.itemsize, gradients)
+            return 1 / self.world_size, whole, Held(weights=master, gradients=bucket, temporaries=master)
+        blocks, rest = _blocks(infos)
+        gathered = rest + 2 * max(blocks, default=0)  # the one at work, and the next
+        trained_blocks, trained_rest = _blocks(trained)
+        arriving = max([trained_rest, *trained_blocks])
+        shards = sum(self.share(info).bytes for info in infos)
+        more = Held(weights=gathered, gradients=arriving)
+        if self.strategy == "zero3":
+            more = more.plus(weights=master, temporaries=master)
+        return 1 / self.world_size, shards, more
+
+
+def _blocks(infos: Sequence[Info]) -> tuple[list[int], int]:
+    """Give the bytes of every repeated block, and of all that is in none."""
+    blocks: dict[str, int] = {}
+    rest = 0
+    for info in infos:
+        parts = info.name.split(".")
+        at = next((at for at, part in enumerate(parts) if part.isdigit()), None)
+        if at is None:
+            rest += info.bytes
+        else:
+            key = ".".join(parts[: at + 1])
+            blocks[key] = blocks.get(key, 0) + info.bytes
+    return list(blocks.values()), rest
+
+
+def _shard_bytes(infos: Sequence[Info], group: Any, world_size: int) -> int:
+    """Count SGC's state of the first shard of every tensor, as under FSDP2."""
+    total = 0
+    for info in infos:
+        rows = info.shape[0] if info.shape else 1
+        shard = sharded.Shard(None, 0 if info.shape else None, 0, math.ceil(rows / world_size))
+        shaped: Any = SimpleNamespace(shape=info.shape)  # of a DTensor only its shape is asked
+        total += sharded.local_bytes(shaped, group, shard)
+    return total
+
+
+def _partition_bytes(infos: Sequence[Info], group: Any, world_size: int) -> int:
+    """Count SGC's state of the pieces in that flat partition which needs most."""
+    size = math.ceil(sum(info.numel for info in infos) / world_size)
+    held = [0] * world_size
+    begin = 0
+    for number, info in enumerate(infos):
+        for rank in range(begin // size, math.ceil((begin + info.numel) / size)):
+            start, stop = max(rank * size - begin, 0), min((rank + 1) * size - begin, info.numel)
+            held[rank] += _piece_bytes(Piece(number, info.shape, start, stop, 0), group)
+        begin += info.numel
+    return max(held)
+
+
+def _piece_bytes(piece: Piece, group: Any) -> int:
+    layout = memory.tensor_layout(piece.shape, group)
+    if layout is None:
+        return 2 * FP32 * piece.numel + FP32
+    schema = memory.state_schema(piece.shape, group)
+    chunks = piece.window(layout).chunks
+    share = (chunks.stop - chunks.start) / layout.chunks
+    total = 0.0
+    for name, (shape, dtype) in schema.items():
+        size = math.prod(shape) * dtype.itemsize
+        total += size if name in ("step", "row", "col") else size * share
+    return round(total)
