@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -109,7 +109,8 @@ class LocalTraining:
         batch_size: samples of a step, drawn without replacement as far as a device's data reach; None: all of them.
         optimizer: makes an optimizer of some tensors, such as `partial(torch.optim.SGD, lr=0.1)`.
         batched: all devices of a block in one `torch.func` call; False: each on its own, as many at a time as torch has
-            threads; None: batched unless the model has convolutions, whose batched form is a grouped one and slower.
+            threads; None: batched unless the model has no batched form (such as one that looks into its attention
+            mask), or has convolutions, whose batched form is a grouped one and slower.
 
     Raises:
         ValueError: a number below 1, or a model that can't be trained so.
@@ -120,6 +121,7 @@ class LocalTraining:
     batch_size: int | None = None
     optimizer: OptimizerFactory
     batched: bool | None = None
+    _found: dict[str, bool] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -133,12 +135,14 @@ class LocalTraining:
         """How the model's parameters lie in θ."""
         return Flat.of(self.model)
 
-    @functools.cached_property
-    def in_one_call(self) -> bool:
-        """Whether a block of devices is trained in one batched call."""
-        if self.batched is None:
-            return not any(isinstance(module, _CONVOLUTIONS) for module in self.model.modules())
-        return self.batched
+    def in_one_call(self, theta_hat: Tensor, batches: Batches) -> bool:
+        """Tell whether a block of devices is trained in one batched call; found out once."""
+        if self.batched is not None:
+            return self.batched
+        if "batched" not in self._found:
+            convolves = any(isinstance(module, _CONVOLUTIONS) for module in self.model.modules())
+            self._found["batched"] = not convolves and has_batched_form(self, theta_hat, batches)
+        return self._found["batched"]
 
     def batches(self, data: Mapping[str, Tensor], parts: Sequence[Tensor], devices: list[int], draws: Draws) -> Batches:
         """Draw what some devices train on in a round."""
@@ -155,7 +159,7 @@ class LocalTraining:
             Δ (B, d), and each device's loss (B,), the mean over its steps before each was made.
         """
         self.model.eval()
-        train = updates_in_one_call if self.in_one_call else updates_in_threads
+        train = updates_in_one_call if self.in_one_call(theta_hat, batches) else updates_in_threads
         return train(self, theta_hat, batches)
 
 
@@ -232,15 +236,34 @@ def draw_batches(
     return Batches(data, index, real)
 
 
-def updates_in_one_call(training: LocalTraining, theta_hat: Tensor, batches: Batches) -> tuple[Tensor, Tensor]:
-    """Train a block of devices side by side; see `LocalTraining.updates`."""
-    model, flat = training.model, training.flat
+def has_batched_form(training: LocalTraining, theta_hat: Tensor, batches: Batches) -> bool:
+    """Try a forward pass of one device in its batched form."""
+    real = None if batches.real is None else batches.real[:1]
+    try:
+        with torch.no_grad():
+            batch = Batches(batches.data, batches.index[:1], real).at(0)
+            vmap(_loss(training.model))(training.flat.split(theta_hat[:1]), batch)
+    except RuntimeError as error:
+        if "vmap" in str(error) or "atching rule" in str(error):  # torch has no error of its own for it
+            return False
+        raise
+    return True
+
+
+def _loss(model: nn.Module) -> Callable[[Batch, Batch], Tensor]:
+    """Give a model's loss as a function of its parameters and a batch."""
 
     def loss(parameters: Batch, batch: Batch) -> Tensor:
         output: Any = functional_call(model, parameters, args=(), kwargs=batch)
         return output.loss
 
-    gradients_of = vmap(grad_and_value(loss))
+    return loss
+
+
+def updates_in_one_call(training: LocalTraining, theta_hat: Tensor, batches: Batches) -> tuple[Tensor, Tensor]:
+    """Train a block of devices side by side; see `LocalTraining.updates`."""
+    model, flat = training.model, training.flat
+    gradients_of = vmap(grad_and_value(_loss(model)))
     theta = theta_hat.clone(memory_format=torch.contiguous_format)
     parameters = flat.split(theta)
     optimizers = _optimizers(training.optimizer, parameters)

@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+import federated_runs
 import text_data
 from federated import partition
 from federated.channel import MultipleAccess
@@ -110,9 +111,7 @@ def open_optimizer(args: argparse.Namespace) -> Any:
 
 def run(args: argparse.Namespace) -> int:
     """Train, with everything written to the output folder; give the exit status."""
-    out = Path(args.output_dir)
-    if (out / "rows.jsonl").exists() and not (args.resume or args.overwrite):
-        raise ValueError(f"the folder '{out}' holds another run; go on with --resume, or begin anew with --overwrite")
+    out = federated_runs.folder_of(args)
     notes = text_data.Notes()
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     if tokenizer.chat_template is None:
@@ -144,8 +143,7 @@ def run(args: argparse.Namespace) -> int:
         output_dir=out,
         checkpoint_every=args.checkpoint_every,
     )
-    if args.resume and (reached := sim.resume()):
-        tqdm.write(f"resumed after round {reached}")
+    federated_runs.resume(sim, args)
     size = sim.world.training.flat.size
     sent = size
     if isinstance(uplink, SketchedUplink):
@@ -164,13 +162,8 @@ def run(args: argparse.Namespace) -> int:
                 f"{row['round']:6d} {row['loss']:8.4f} {row['accuracy']:33.4f} {row['nmse_up']:9.2e} "
                 f"{row['channel_uses_up']:13,d} {row['seconds']:8.2f}"
             )
-    sim.model().save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
-    print(f"{out}: rows.jsonl, model/")
-    if sim.ended:
-        print(f"the run ended after round {sim.number} of {args.rounds}: {sim.ended}", file=sys.stderr)
-        return 1
-    return 0
+    return federated_runs.finish(sim, out, args.rounds)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -45,6 +45,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+import federated_runs
 from federated import partition
 from federated.channel import FADING, Channel, MultipleAccess
 from federated.device import LocalTraining
@@ -151,31 +152,63 @@ def hub_data(name: str, args: argparse.Namespace) -> Data:
     from datasets import Image, load_dataset, load_from_disk
 
     try:
-        sets = load_from_disk(name) if Path(name, "dataset_dict.json").exists() else load_dataset(name)
+        saved = any(Path(name, file).exists() for file in ("dataset_dict.json", "state.json"))
+        sets = load_from_disk(name) if saved else load_dataset(name, args.dataset_config)
     except Exception as error:  # a hub data set raises what its parser or its host raises: said, and the run ends
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"the data set '{name}' can't be opened: {first}") from None
+    if isinstance(sets, Dataset):
+        sets = {"train": sets}
     splits = [s for s in ("test", "validation") if s in sets]
     if "train" not in sets or not splits:
         raise ValueError(f"the data set '{name}' must have a train and a test split, it has {', '.join(sets)}")
-    train, test = sets["train"], sets[splits[0]]
+    train = sets["train"]
     label = next((c for c in (args.label_column, "labels", "label", "fine_label") if c in train.column_names), None)
     if label is None:
         columns = ", ".join(train.column_names)
         raise ValueError(f"labels are missing: '{name}' has the columns {columns}; name one with --label_column")
-    labels = [partition.labels_of(rows, label) for rows in (train, test)]
+    test = next((sets[s] for s in splits if labelled(sets[s], label)), sets[splits[0]])
+    labels = numbered([partition.labels_of(rows, label) for rows in (train, test)])
     picture = next((c for c, feature in train.features.items() if isinstance(feature, Image)), None)
     if picture is not None:
-        arrays = []
-        for rows in (train, test):
-            stacked = [np.atleast_3d(np.asarray(image, np.float32)) / 255 for image in rows[picture]]
-            if len({each.shape for each in stacked}) != 1:
-                raise ValueError(f"pictures must be of one size, '{name}' has several")
-            arrays.append(np.stack(stacked).transpose(0, 3, 1, 2))
-        return images((arrays[0], labels[0]), (arrays[1], labels[1]))
-    if args.model_name_or_path is None:
+        arrays = [stacked(rows[picture], name) for rows in (train, test)]
+        made = images((arrays[0], labels[0]), (arrays[1], labels[1]))
+    elif args.model_name_or_path is None:
         raise ValueError(f"'{name}' holds no pictures; for texts name a model with --model_name_or_path")
-    return texts(train, test, labels, args)
+    else:
+        made = texts(train, test, labels, args)
+    if args.split in train.column_names and args.split not in made.train.column_names:  # who holds what
+        made.train = made.train.add_column(args.split, train.with_format(None)[args.split][:])
+    return made
+
+
+def labelled(rows: Dataset, label: str) -> bool:
+    """Tell whether every row has its label, which the hub withholds of some test splits."""
+    try:
+        return len(partition.labels_of(rows, label)) > 0
+    except ValueError:
+        return False
+
+
+def numbered(labels: list[np.ndarray]) -> list[np.ndarray]:
+    """Number the labels of training and test rows where they are names."""
+    if labels[0].dtype.kind in "iub":
+        return [each.astype(np.int64) for each in labels]
+    if labels[0].dtype.kind not in "UO":
+        raise ValueError(f"labels must be classes, got {labels[0].dtype}")
+    names = np.unique(np.concatenate(labels))
+    return [np.searchsorted(names, each) for each in labels]
+
+
+def stacked(pictures: Iterable[Any], name: str) -> np.ndarray:
+    """Stack pictures of one size and kind into (N, channels, height, width) in [0, 1]."""
+    arrays = []
+    for picture in pictures:
+        mode = "L" if picture.mode in ("1", "L", "LA") else "RGB"
+        arrays.append(np.atleast_3d(np.asarray(picture.convert(mode), np.float32)) / 255)
+        if arrays[-1].shape != arrays[0].shape:
+            raise ValueError(f"pictures must be of one size, '{name}' has {arrays[0].shape} and {arrays[-1].shape}")
+    return np.stack(arrays).transpose(0, 3, 1, 2)
 
 
 def texts(train: Dataset, test: Dataset, labels: list[np.ndarray], args: argparse.Namespace) -> Data:
@@ -190,7 +223,7 @@ def texts(train: Dataset, test: Dataset, labels: list[np.ndarray], args: argpars
     for rows, answers in zip((train, test), labels, strict=True):
         encoded = tokenizer(rows[text][:], padding="max_length", truncation=True, max_length=MOST_TOKENS)
         columns = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-        sets.append(Dataset.from_dict({**columns, "labels": answers.astype(np.int64)}))
+        sets.append(Dataset.from_dict({**columns, "labels": answers}))
     return Data(*sets, ["input_ids", "attention_mask", "labels"], int(max(each.max() for each in labels)) + 1)
 
 
@@ -208,7 +241,9 @@ def open_model(args: argparse.Namespace, data: Data) -> PreTrainedModel:
 
     set_seed(args.seed)
     auto = AutoModelForSequenceClassification if data.image is None else AutoModelForImageClassification
-    return auto.from_pretrained(args.model_name_or_path, num_labels=data.classes, ignore_mismatched_sizes=True)
+    arguments: dict[str, Any] = {"num_labels": data.classes, "ignore_mismatched_sizes": True, "dtype": torch.float32}
+    # the fused attention has no batched form over devices; written out, it has
+    return auto.from_pretrained(args.model_name_or_path, attn_implementation="eager", **arguments)
 
 
 def open_optimizer(args: argparse.Namespace) -> Callable[[Iterable[Tensor]], torch.optim.Optimizer]:
@@ -220,8 +255,8 @@ def open_optimizer(args: argparse.Namespace) -> Callable[[Iterable[Tensor]], tor
     return partial({"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[args.optimizer], lr=args.lr)
 
 
-def open_downlink(args: argparse.Namespace) -> Downlink:
-    """Make the downlink of the scheme, or the one asked for."""
+def open_downlink(args: argparse.Namespace, devices: int) -> Downlink:
+    """Make the downlink of the scheme, or the one asked for, for M = devices."""
     name = args.downlink or SCHEMES[args.scheme][0]
     if name == "ideal":
         return IdealDownlink()
@@ -232,7 +267,7 @@ def open_downlink(args: argparse.Namespace) -> Downlink:
         return AnalogDownlink(channel)
     if name == "digital":
         return DigitalDownlink(channel)
-    return SelectionDownlink(channel, args.participants or args.devices)
+    return SelectionDownlink(channel, args.participants or max(1, devices // 4))
 
 
 def open_uplink(args: argparse.Namespace, size: int) -> Uplink:
@@ -296,7 +331,7 @@ def simulation(args: argparse.Namespace, data: Data, output_dir: Path | None) ->
         data.columns_of(test=False),
         parts,
         test=data.columns_of(test=True),
-        downlink=open_downlink(args),
+        downlink=open_downlink(args, len(parts)),
         uplink=open_uplink(args, size),
         server_lr=args.server_lr,
         server_momentum=args.server_momentum,
@@ -348,13 +383,10 @@ def line_of(row: dict[str, Any]) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Train, with everything written to the output folder; give the exit status."""
-    out = Path(args.output_dir)
-    if (out / "rows.jsonl").exists() and not (args.resume or args.overwrite):
-        raise ValueError(f"the folder '{out}' holds another run; go on with --resume, or begin anew with --overwrite")
+    out = federated_runs.folder_of(args)
     data = open_data(args)
     sim = simulation(args, data, out)
-    if args.resume and (reached := sim.resume()):
-        tqdm.write(f"resumed after round {reached}")
+    federated_runs.resume(sim, args)
     out.mkdir(parents=True, exist_ok=True)
     parts = [part.numpy() for part in sim.world.parts]
     partition.plot_partition(parts, np.asarray(data.train["labels"]), out / "devices.png", title=args.split)
@@ -366,12 +398,7 @@ def run(args: argparse.Namespace) -> int:
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     down, up = args.downlink or SCHEMES[args.scheme][0], args.uplink or SCHEMES[args.scheme][1]
     plot_curve(out / "curve.png", rows, f"{args.scheme}: {down} down, {up} up, {args.split} split")
-    sim.model().save_pretrained(out / "model")
-    print(f"{out}: rows.jsonl, curve.png, devices.png, model/")
-    if sim.ended:
-        print(f"the run ended after round {sim.number} of {args.rounds}: {sim.ended}", file=sys.stderr)
-        return 1
-    return 0
+    return federated_runs.finish(sim, out, args.rounds, "curve.png", "devices.png")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -382,13 +409,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--downlink", choices=("ideal", "selection", "digital", "analog"), help="another than the scheme's")
     add("--uplink", choices=("ideal", "quantized", "analog", "blind", "sketched"), help="another than the scheme's")
     add("--dataset", default="digits", help="digits, mnist, a folder with idx files, or a name on the hub")
+    add("--dataset_config", help="of a data set on the hub that has several")
     add("--label_column", help="of a data set on the hub")
     add("--model", choices=MODELS, default="softmax", help="a built-in model of images")
     add("--model_name_or_path", help="a Hugging Face model instead")
     add("--split", default="iid", help="iid, biased (two classes a device), dirichlet, or a column's name")
     add("--alpha", type=float, default=0.5, help="of --split dirichlet")
     add("--devices", type=int, default=40, help="M")
-    add("--participants", type=int, help="J: devices selected or asked in a round; default all")
+    add("--participants", type=int, help="J: devices selected (default M/4) or asked (default all) in a round")
     add("--late", type=float, default=0.0, help="probability that a device misses a round")
     add("--rounds", type=int, default=40)
     add("--steps", type=int, default=3, help="τ, local steps")
@@ -443,8 +471,8 @@ def main(argv: list[str] | None = None) -> int:
 
             return federated_sweeps.sweep(args, open_data(args), simulation)
         return run(args)
-    except (ValueError, TypeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
 
 

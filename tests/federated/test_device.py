@@ -6,6 +6,7 @@ from torch import nn
 
 from federated.device import (
     IGNORED,
+    Batches,
     Flat,
     draw_batches,
     saved_bytes,
@@ -66,10 +67,36 @@ def test_one_full_batch_step_of_sgd_is_the_gradient():
         assert float(loss[m]) == pytest.approx(output.loss.item(), rel=1e-5)
 
 
-def test_convolutions_are_looped_over_on_a_cpu_and_all_else_is_batched():
-    assert not training(small_model("cnn")).in_one_call
-    assert training(small_model("softmax")).in_one_call
-    assert training(small_model("cnn"), batched=True).in_one_call
+class Peeking(nn.Module):
+    """Looks into its data, as transformers' encoders do into their attention mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = small_model()
+
+    def forward(self, pixel_values, labels):
+        return self.model(pixel_values if pixel_values.isfinite().all() else pixel_values.nan_to_num(), labels)
+
+
+def test_what_has_no_batched_form_or_convolves_is_looped_over_and_all_else_is_batched():
+    for train, batched in [
+        (training(small_model("softmax")), True),
+        (training(small_model("vit")), False),
+        (training(small_model("cnn")), False),
+        (training(small_model("cnn"), batched=True), True),
+        (training(Peeking()), False),
+    ]:
+        assert train.in_one_call(*block(train)) == batched
+    peeking, plain = training(Peeking()), training(batched=False)
+    assert torch.equal(peeking.updates(*block(peeking))[0], plain.updates(*block(plain))[0])
+
+
+def test_an_error_of_the_model_is_not_taken_for_a_missing_batched_form():
+    train = training()
+    theta_hat, batches = block(train)
+    wrong = Batches({"pixel_values": DATA["pixel_values"][:, :, :7], "labels": DATA["labels"]}, batches.index, None)
+    with pytest.raises(RuntimeError, match="size"):
+        train.updates(theta_hat, wrong)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 9])

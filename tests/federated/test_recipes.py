@@ -14,8 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
+from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 FEW = ["--devices", "10", "--rounds", "12", "--evaluate_every", "3", "--lr", "1.0"]
@@ -84,6 +95,79 @@ def test_the_real_mnist_is_opened(shared_data):
     assert (len(data.test), data.classes) == (10_000, 10)
 
 
+def rows_of_pictures(number, mode="L"):
+    """Pictures whose class is the bright column, of four speakers."""
+    labels = [i % 4 for i in range(number)]
+    pictures = np.zeros((number, 8, 8), np.uint8)
+    pictures[np.arange(number), :, labels] = 255
+    return {
+        "image": [Image.fromarray(each).convert(mode) for each in pictures],
+        "label": labels,
+        "speaker": [f"speaker {i % 3}" for i in range(number)],
+    }
+
+
+def saved_to_disk(folder):
+    DatasetDict(
+        train=Dataset.from_dict(rows_of_pictures(96)), test=Dataset.from_dict(rows_of_pictures(16))
+    ).save_to_disk(folder)
+
+
+def folders_of_pictures(folder):
+    for split, number in (("train", 96), ("test", 16)):
+        rows = rows_of_pictures(number, "P")
+        for i, (picture, label) in enumerate(zip(rows["image"], rows["label"], strict=True)):
+            (folder / split / f"class {label}").mkdir(parents=True, exist_ok=True)
+            picture.save(folder / split / f"class {label}" / f"{i}.png")
+
+
+def parquet_with_named_labels(folder):
+    """As on the hub: labels by name, and a test split without any."""
+    names = np.array(["ant", "bee", "cow", "dog"])
+    folder.mkdir()
+    for split, number in (("train", 96), ("validation", 16), ("test", 8)):
+        rows = rows_of_pictures(number, "RGB")
+        rows["label"] = [None] * number if split == "test" else names[rows["label"]].tolist()
+        Dataset.from_dict(rows).to_parquet(folder / f"{split}.parquet")
+
+
+@pytest.mark.parametrize("make", [saved_to_disk, folders_of_pictures, parquet_with_named_labels])
+def test_pictures_are_opened_as_datasets_opens_them(make, tmp_path):
+    make(tmp_path / "set")
+    common = ["--dataset", str(tmp_path / "set"), "--devices", "4", "--rounds", "8", "--lr", "0.5"]
+    split = (
+        ["--split", "iid"] if make is folders_of_pictures else ["--split", "speaker", "--scheme", "downlink-selection"]
+    )
+    assert mnist.main([*common, *split, "--output_dir", str(tmp_path / "out")]) == 0
+    rows = rows_of(tmp_path / "out")
+    assert rows[-1]["accuracy"] == 1.0
+    assert rows[-1]["participants"] == (4 if make is folders_of_pictures else 1)
+    config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
+    assert config["num_channels"] == (3 if make is not saved_to_disk else 1)
+    assert len(config["id2label"]) == 4
+
+
+def test_texts_are_opened_with_any_classifier(tmp_path):
+    """By column, too: who spoke decides who holds a row."""
+    words = ["[PAD]", "[UNK]", "good", "bad", "film", "song"]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(tmp_path / "bert")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForSequenceClassification(BertConfig(vocab_size=6, **sizes)).save_pretrained(tmp_path / "bert")
+    for split, number in (("train", 60), ("test", 12)):
+        rows = [
+            {"text": f"{words[2 + i % 2]} {words[4 + i // 2 % 2]}", "label": i % 2, "speaker": i % 3}
+            for i in range(number)
+        ]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--dataset", str(tmp_path), "--model_name_or_path", str(tmp_path / "bert"), "--split", "speaker"]
+    arguments += ["--optimizer", "adamw", "--lr", "0.02", "--batch_size", "8", "--rounds", "6", "--late", "0.1"]
+    assert mnist.main([*arguments, "--output_dir", str(tmp_path / "out")]) == 0
+    assert rows_of(tmp_path / "out")[-1]["accuracy"] == 1.0
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgc"])
 def test_devices_may_train_with_any_optimizer(optimizer, tmp_path):
     arguments = ["--optimizer", optimizer, "--lr", "0.01", "--output_dir", str(tmp_path)]
@@ -126,6 +210,8 @@ def test_a_killed_recipe_resumes_and_ends_in_the_same_model(tmp_path):
             "the run ended after round 3 of 40: 3 rounds in a row brought no update, the last because the downlink",
         ),
         (["--scheme", "sketched", "--ofdm_symbols_up", "1", "--subchannels", "1"], 2, "a budget of 2 numbers"),
+        (["--snr_db=-inf", "--scheme", "blind"], 2, "snr_db must be in [-300, 300], or inf for no noise, got -inf"),
+        (["--model_name_or_path", "no/such/model"], 2, "error: "),
         (["--scheme", "blind", "--ofdm_symbols_up", "3"], 2, "above the budget of ofdm_symbols=3"),
     ],
 )
