@@ -293,7 +293,8 @@ def _lowrank_groups(given: Given, rank: int, options: Callable[[int], dict[str, 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Count the bytes of state held: every tensor in it, in the objects it holds, and inside quantized ones, once each.
 
-    Projectors, quantization maps and step counters that are tensors count; Python numbers do not.
+    Projectors, quantization maps and step counters that are tensors count; Python numbers do not. What counts is the
+    memory behind a tensor: galore-torch 1.0 keeps r singular vectors as a view of all of them, and so holds all.
     """
     if hasattr(optimizer, "state_bytes"):
         return int(optimizer.state_bytes())
