@@ -100,7 +100,10 @@ SUITES = {
     # The Llama of the repository learns to do as it is told; and a commonsense set.
     "skills": Suite(
         (Setting("tiny-llama:skills", 150, 16),),
-        ("adamw", "sgc()", "sgc(sketch_size=32)", "adafactor", GALORE, APOLLO, "lora(rank=8)", "frozen"),
+        (
+            *("adamw", "sgc()", "adafactor", GALORE, APOLLO, "lora(rank=8)", "frozen", "sgc(sketch_size=32)"),
+            *("adamw8bit", "sgd_momentum", "came", "dora(rank=8)"),
+        ),
     ),
     "commonsense": Suite(
         (Setting("tiny-llama:boolq", 100, 16),),
