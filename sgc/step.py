@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sgc import moments
+from sgc import dispatch, fused, moments
 from sgc.codec import place
 from sgc.codec.layout import BLOCK_ENTRIES, Layout, matrix_shape
 from sgc.codec.lowrank import leading_basis, turn
@@ -78,6 +78,12 @@ def whitened_update(
     if projection is None:
         index, value = select(grid, layout, whitening, group["recovered"] or layout.chunk, group["eps"])
         return Update(index, value, None)
+    rule, beta, eps = group["moments"], group["betas"][0], group["eps"]
+    if rule in moments.FACTORED:
+        m = read_held(state, "sketch")
+        if fused.encode_into(m, beta, rule, grid, layout, whitening, projection, group["sparsity"], eps):
+            target = m if rule == "residual" else m / (1 - beta ** int(state["step"]))
+            return _recovered_update(m, target, None, state, layout, projection, group, generator, total)
     p, q = encode(grid, layout, whitening, projection, group)
     return sketched_update(p, q, state, layout, projection, group, generator, total)
 
@@ -104,8 +110,7 @@ def sketched_update(
         generator: for the stochastic rounding of bf16 sketches.
         total: as in `moments.sketched_ratio`.
     """
-    t, rule, betas = int(state["step"]), group["moments"], group["betas"]
-    lengths = layout.lengths(p.device)
+    t, rule, betas, square = int(state["step"]), group["moments"], group["betas"], None
     m = read_held(state, "sketch")
     if rule == "residual":
         target = moments.residual(m, p, betas[0])
@@ -120,12 +125,24 @@ def sketched_update(
         assert q is not None  # encoded for this rule
         target, square = moments.sketched(m, v, p, q, betas, t)
         write_held(state, "square_sketch", v, generator)
+    return _recovered_update(m, target, square, state, layout, projection, group, generator, total)
 
-    first = target[:PROBED_CHUNKS].clone()
-    index, value = _recover_busy(target, layout, projection, group, lengths)
-    if rule == "residual":
-        m.sub_(projection.project(index, value, layout.chunk))
-    elif rule == "sketched":
+
+def _recovered_update(
+    m: Tensor,
+    target: Tensor,
+    square: Tensor | None,
+    state: dict[str, Any],
+    layout: Layout,
+    projection: Projection,
+    group: Mapping[str, Any],
+    generator: torch.Generator | None,
+    total: Callable[[Tensor], Tensor] | None,
+) -> Update:
+    """Recover the update from what the moments (c, k) give, hold m, and for "sketched" divide by the square's root."""
+    first, lengths = target[:PROBED_CHUNKS].clone(), layout.lengths(target.device)
+    index, value = _recover_busy(target, layout, projection, group, lengths, take=group["moments"] == "residual")
+    if square is not None:
         v = least_squares(square, index, layout.chunk, projection, lengths)
         real = None if lengths is None else index < lengths[:, None]
         value = moments.sketched_ratio(value, v, real, group["eps"], total)
@@ -134,14 +151,22 @@ def sketched_update(
 
 
 def _recover_busy(
-    target: Tensor, layout: Layout, projection: Projection, group: Mapping[str, Any], lengths: Tensor | None
+    target: Tensor, layout: Layout, projection: Projection, group: Mapping[str, Any], lengths: Tensor | None, take: bool
 ) -> tuple[Tensor, Tensor]:
-    """Recover index and value (c, s') of every chunk whose sketch holds anything."""
+    """Recover index and value (c, s') of every chunk whose sketch holds anything; `take` takes them out of it."""
+    found = fused.decode(target, layout, projection, group["recovered"], group["recovery"], take=take)
+    if found is not None:
+        return found
     busy = target.any(1)
     arguments = (layout.chunk, projection, group["recovered"], group["recovery"])
     if busy.all():
-        return recover(target, *arguments, lengths)
-    return _spread(*recover(target[busy], *arguments, None if lengths is None else lengths[busy]), busy)
+        index, value = recover(target, *arguments, lengths)
+    else:
+        found = recover(target[busy], *arguments, None if lengths is None else lengths[busy])
+        index, value = _spread(*found, busy)
+    if take:
+        target.sub_(projection.project(index, value, layout.chunk))
+    return index, value
 
 
 def gradient_norm(gradient: Tensor) -> Tensor:
@@ -163,6 +188,9 @@ def mean_squares(grid: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 
 def square_sums(grid: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Give the row and column sums of g², (rows,) and (cols,) in fp32."""
+    sums = fused.square_sums(grid, layout)
+    if sums is not None:
+        return sums
     row = grid.new_empty(layout.rows, dtype=torch.float32)
     col = grid.new_zeros(layout.cols, dtype=torch.float32)
     for rows, _ in layout.blocks():
@@ -189,13 +217,17 @@ def whiten_by(
     """Move R and C of `state` by the row and column means of g², and whiten by them; `mean` as in `moments.factor`."""
     busy = row > 0  # of an embedding, only the rows of tokens that were seen are
     a, b = moments.factor(state["row"], state["col"], row, col, beta2, t, mean)
-    return Whitening(a, b, None if busy.all() else busy)
+    waits = not dispatch.choose("encode", row.device).fused  # a kernel looks at each row's, and spares the host a wait
+    return Whitening(a, b, None if waits and busy.all() else busy)
 
 
 def select(
     grid: Tensor, layout: Layout, whitening: Whitening | None, sparsity: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Take the top entries of the (whitened) gradient of every chunk: index and value (c, s)."""
+    found = fused.select(grid, layout, whitening, sparsity, eps)
+    if found is not None:
+        return found
     parts = [_select_block(grid[rows], layout, whitening, rows, sparsity, eps) for rows, _ in layout.blocks()]
     index, value = zip(*parts, strict=True)
     return torch.cat(index), torch.cat(value)
@@ -239,9 +271,13 @@ def encode(
 
     With a factor, () shaped, it is the gradient times that.
     """
+    squares, sparsity, eps = group["moments"] == "sketched", group["sparsity"], group["eps"]
+    made = fused.encode(grid, layout, whitening, projection, sparsity, eps, factor=factor, squares=squares)
+    if made is not None:
+        return made
     shape = (layout.chunks, min(projection.sketch_size, layout.chunk))
     p = torch.empty(shape, dtype=torch.float32, device=grid.device)
-    q = torch.empty_like(p) if group["moments"] == "sketched" else None
+    q = torch.empty_like(p) if squares else None
     for rows, chunks in layout.blocks():
         block = grid[rows] if factor is None else grid[rows].float() * factor
         index, value = _select_block(block, layout, whitening, rows, group["sparsity"], group["eps"])
@@ -356,7 +392,8 @@ def apply_sparse(
         decay: learning rate times weight decay.
         generator: for stochastic rounding, or None.
     """
-    apply_entries(weight, *entries(layout, update), lr, decay, generator)
+    if not fused.apply(weight, layout, update.index, update.value, lr, decay, generator):
+        apply_entries(weight, *entries(layout, update), lr, decay, generator)
 
 
 def entries(layout: Layout, update: Update) -> tuple[Tensor, Tensor]:

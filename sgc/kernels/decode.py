@@ -33,6 +33,7 @@ from sgc.kernels.dense import mixed, noise_of
 
 MOST_ENTRIES = 2048  # of a chunk: the correlations of 16 chunks are held in registers
 MOST_RECOVERED = 32  # the Gram matrices are held there, too
+MOST_MOVED = 4096  # entries of a chunk of which some move: with weight decay, all of them are held
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 1 << 14  # correlations that a program holds, and entries of its Gram matrices
 WARPS = 8
@@ -52,21 +53,20 @@ def obstacle(layout: Layout, projection: Projection, recovered: int, method: str
 
 
 def decode(
-    sketch: Tensor, layout: Layout, projection: Projection, recovered: int, *, scale: float = 1.0, take: bool = False
+    sketch: Tensor, layout: Layout, projection: Projection, recovered: int, *, take: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Recover scale·y ≈ A[:, index]·value by one pass over A and least squares, and with `take` remove it: y ← y − A·x̂.
+    """Recover y ≈ A[:, index]·value by one pass over A and least squares, and with `take` remove it: y ← y − A·x̂.
 
-    Correlations are accurate as fp32's: y is split into three bf16 numbers, which hold all 24 bits, the signs are exact
-    in bf16, and the tensor cores add in fp32. So the entries chosen are those of the largest |Aᵀy|, up to sums of k terms
-    added in another order; of equal ones the lowest index.
+    Correlations are as accurate as fp32's: y is split into three bf16 numbers, which hold all 24 bits, the signs are
+    exact in bf16, and the tensor cores add in fp32. So the entries chosen are those of the largest |Aᵀy|, up to sums of
+    k terms added in another order; of equal ones any.
 
     Args:
         sketch: y, (c, k) fp32 contiguous; changed in place with `take`.
         layout: the chunks.
         projection: A.
         recovered: s'.
-        scale: of the values.
-        take: whether what is recovered leaves the sketch, at scale 1.
+        take: whether what is recovered leaves the sketch.
 
     Returns:
         index (c, s') int64, ascending in each chunk, and value (c, s') fp32, 0 on padding.
@@ -85,7 +85,6 @@ def decode(
         value,
         layout.chunks,
         layout.numel,
-        scale,
         root_of(projection.sketch_size),
         RIDGE,
         words.shape[1],
@@ -151,9 +150,9 @@ def apply(
     )
 
 
-@triton.jit(do_not_specialize=["chunks", "numel", "scale", "root", "ridge", "held"])
+@triton.jit(do_not_specialize=["chunks", "numel", "root", "ridge", "held"])
 def _decode(
-    sketch, words, index_out, value_out, chunks, numel, scale, root, ridge, held,
+    sketch, words, index_out, value_out, chunks, numel, root, ridge, held,
     K: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, LENGTH: tl.constexpr, C: tl.constexpr,
     ENTRIES: tl.constexpr, TAKE: tl.constexpr, DOT: tl.constexpr,
     N: tl.constexpr, COLS: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
@@ -232,7 +231,7 @@ def _decode(
     place = chunk * S + tl.sum(before.to(tl.int32), 2)
     here = (chunk < chunks) & (slot < S)[None, :]
     tl.store(index_out + place, index.to(tl.int64), mask=here)
-    tl.store(value_out + place, right * scale, mask=here)
+    tl.store(value_out + place, right, mask=here)
 
     if TAKE:
         tl.debug_barrier()  # all of y has been read

@@ -66,6 +66,7 @@ def encode(
     sparsity: int,
     eps: float,
     *,
+    factor: Tensor | None = None,
     into: Into | None = None,
     squares: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -78,6 +79,7 @@ def encode(
         projection: A.
         sparsity: s.
         eps: ε.
+        factor: multiplies the gradient first, () fp32.
         into: the moment that takes the sketch, in place.
         squares: also give the sketch of the squares.
 
@@ -90,7 +92,8 @@ def encode(
     words = projection.words(layout.chunk, gradient.device)
     mode = 0 if into is None else {"residual": 1, "ema": 2}[into.rule]
     beta = 0.0 if into is None else into.beta
-    _launch(gradient, layout, whitening, sparsity, eps, words, projection.sketch_size, out, square, mode, beta)
+    k = projection.sketch_size
+    _launch(gradient, factor, layout, whitening, sparsity, eps, words, k, out, square, mode, beta)
     return out, square
 
 
@@ -104,12 +107,13 @@ def select(
     """Take the top entries of every chunk: index (c, s) int64, ascending, and value (c, s) fp32; arguments as above."""
     index = gradient.new_empty((layout.chunks, sparsity), dtype=torch.int64)
     value = gradient.new_empty((layout.chunks, sparsity), dtype=torch.float32)
-    _launch(gradient, layout, whitening, sparsity, eps, None, 0, index, value, 3, 0.0)
+    _launch(gradient, None, layout, whitening, sparsity, eps, None, 0, index, value, 3, 0.0)
     return index, value
 
 
 def _launch(
     gradient: Tensor,
+    factor: Tensor | None,
     layout: Layout,
     whitening: tuple[Tensor, Tensor, Tensor | None] | None,
     sparsity: int,
@@ -131,6 +135,7 @@ def _launch(
     tile = max(1, TILE * warps // entries)
     _encode[(triton.cdiv(layout.chunks, tile),)](
         gradient,
+        factor,
         a,
         b,
         None if busy is None else busy.view(torch.uint8),
@@ -161,13 +166,15 @@ def _launch(
 
 @triton.jit
 def _whitened(
-    gradient, a, b, busy, chunk, entry, chunks, numel, eps,
+    gradient, factor, a, b, busy, chunk, entry, chunks, numel, eps,
     WHITEN: tl.constexpr, N: tl.constexpr, COLS: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
     """Load entries (C or 1, W) of chunks (C, 1): w = g/(a·b + ε) in fp32; 0 on padding and in rows not busy."""
     real = is_real(chunk, entry, chunks, numel, N, COLS, PIECES, PADDED) & (entry >= 0)
     w = tl.load(gradient + start_of(chunk, N, COLS, PIECES) + entry, mask=real, other=0.0).to(tl.float32)
+    if factor is not None:
+        w *= tl.load(factor)
     if WHITEN:
         if ROWS > 1:
             row = chunk * ROWS + entry // COLS
@@ -188,7 +195,7 @@ def _whitened(
 
 @triton.jit(do_not_specialize=["chunks", "numel", "eps", "beta", "weight", "root", "held"])
 def _encode(
-    gradient, a, b, busy, words, out, square, chunks, numel, eps, beta, weight, root, held,
+    gradient, factor, a, b, busy, words, out, square, chunks, numel, eps, beta, weight, root, held,
     WHITEN: tl.constexpr, CLIP_AT: tl.constexpr, K: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr,
     LENGTH: tl.constexpr, C: tl.constexpr, ENTRIES: tl.constexpr, MODE: tl.constexpr,
     N: tl.constexpr, COLS: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
@@ -202,11 +209,13 @@ def _encode(
     chunk = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)[:, None]
     entry = tl.arange(0, ENTRIES)[None, :]
     w = _whitened(
-        gradient, a, b, busy, chunk, entry, chunks, numel, eps, WHITEN, N, COLS, PIECES, ROWS, PADDED
+        gradient, factor, a, b, busy, chunk, entry, chunks, numel, eps, WHITEN, N, COLS, PIECES, ROWS, PADDED
     )  # fmt: skip
     key = tl.where(entry < N, magnitude(w), OUTSIDE)
     few = candidates_of(key, S, SLOTS, LENGTH)
-    w = _whitened(gradient, a, b, busy, chunk, few, chunks, numel, eps, WHITEN, N, COLS, PIECES, ROWS, PADDED)
+    w = _whitened(
+        gradient, factor, a, b, busy, chunk, few, chunks, numel, eps, WHITEN, N, COLS, PIECES, ROWS, PADDED
+    )  # fmt: skip
     key = tl.where((few >= 0) & (few < N), magnitude(w), OUTSIDE)
     tag = tl.where(few >= 0, tag_of(few, w), -2)
     key, tag = take_top(key, tag, S, SLOTS)

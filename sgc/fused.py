@@ -1,0 +1,127 @@
+"""The stages of the sketch path that have a kernel: each gives what its twin in torch gives, or None where that must.
+
+What keeps a kernel from taking a stage is warned about once, by `sgc.dispatch`. Triton is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sgc import dispatch
+from sgc.codec.layout import Layout
+from sgc.codec.project import Projection
+
+Whitening = tuple[Tensor, Tensor, Tensor | None]  # as `sgc.step.Whitening`
+
+
+def encode(
+    grid: Tensor,
+    layout: Layout,
+    whitening: Whitening | None,
+    projection: Projection,
+    sparsity: int,
+    eps: float,
+    *,
+    factor: Tensor | None = None,
+    squares: bool = False,
+) -> tuple[Tensor, Tensor | None] | None:
+    """Do as `sgc.step.encode`."""
+    if not _takes_encode(grid, layout, sparsity, projection):
+        return None
+    from sgc.kernels import encode as kernel
+
+    grid = grid.contiguous()
+    return kernel.encode(grid, layout, whitening, projection, sparsity, eps, factor=factor, squares=squares)
+
+
+def encode_into(
+    moment: Tensor,
+    beta: float,
+    rule: str,
+    grid: Tensor,
+    layout: Layout,
+    whitening: Whitening | None,
+    projection: Projection,
+    sparsity: int,
+    eps: float,
+) -> bool:
+    """Encode and, in the same pass, move the moment of "residual" or "whitened" in place; whether it has been done."""
+    if not moment.is_contiguous() or not _takes_encode(grid, layout, sparsity, projection):
+        return False
+    from sgc.kernels import encode as kernel
+
+    into = kernel.Into(moment, "residual" if rule == "residual" else "ema", beta)
+    kernel.encode(grid.contiguous(), layout, whitening, projection, sparsity, eps, into=into)
+    return True
+
+
+def select(
+    grid: Tensor, layout: Layout, whitening: Whitening | None, sparsity: int, eps: float
+) -> tuple[Tensor, Tensor] | None:
+    """Do as `sgc.step.select`."""
+    if not _takes_encode(grid, layout, sparsity, None):
+        return None
+    from sgc.kernels import encode as kernel
+
+    return kernel.select(grid.contiguous(), layout, whitening, sparsity, eps)
+
+
+def _takes_encode(grid: Tensor, layout: Layout, sparsity: int, projection: Projection | None) -> bool:
+    if not dispatch.choose("encode", grid.device).fused:
+        return False
+    from sgc.kernels import encode as kernel
+
+    return dispatch.choose("encode", grid.device, kernel.obstacle(layout, grid.dtype, sparsity, projection)).fused
+
+
+def decode(
+    sketch: Tensor, layout: Layout, projection: Projection, recovered: int, method: str, *, take: bool = False
+) -> tuple[Tensor, Tensor] | None:
+    """Do as `sgc.codec.recover.recover`; with `take`, what is recovered leaves the sketch in the same pass."""
+    if not dispatch.choose("decode", sketch.device).fused:
+        return None
+    from sgc.kernels import decode as kernel
+
+    obstacle = kernel.obstacle(layout, projection, recovered, method)
+    if take and not sketch.is_contiguous():
+        obstacle = "the sketch is not contiguous"
+    if not dispatch.choose("decode", sketch.device, obstacle).fused:
+        return None
+    return kernel.decode(sketch.contiguous(), layout, projection, recovered, take=take)
+
+
+def apply(
+    weight: Tensor,
+    layout: Layout,
+    index: Tensor,
+    value: Tensor,
+    lr: float,
+    decay: float,
+    generator: torch.Generator | None,
+) -> bool:
+    """Do as `sgc.step.apply_sparse`; whether it has been done."""
+    if not dispatch.choose("apply", weight.device).fused:
+        return False
+    from sgc.kernels import decode as kernel
+
+    obstacle = None if weight.dtype in kernel.WEIGHTS else f"weights are {weight.dtype}"
+    if obstacle is None and layout.chunk > kernel.MOST_MOVED:
+        obstacle = f"a chunk has {layout.chunk} entries, more than {kernel.MOST_MOVED}"
+    if not dispatch.choose("apply", weight.device, obstacle).fused:
+        return False
+    seed = None if generator is None else generator.initial_seed()
+    kernel.apply(weight, layout, index.contiguous(), value.contiguous(), lr, decay, seed)
+    return True
+
+
+def square_sums(grid: Tensor, layout: Layout) -> tuple[Tensor, Tensor] | None:
+    """Do as `sgc.step.square_sums`."""
+    if not dispatch.choose("statistics", grid.device).fused:
+        return None
+    from sgc.kernels import dense as kernel
+
+    obstacle = None if grid.dtype in kernel.DTYPES else f"gradients are {grid.dtype}"
+    if not dispatch.choose("statistics", grid.device, obstacle).fused:
+        return None
+    return kernel.square_sums(grid, layout)
