@@ -1,6 +1,7 @@
 # Needs: Python >= 3.10 with venv, and PyPI. Everything is installed into $(VENV), nothing outside it.
 #   make test PYTHON=python3.12 VENV=/tmp/venv PYTEST_ARGS="-k layout"
 #   make finetune ARGS="--compare adamw"
+#   SGC_SHARED_DATA=folder make bench-quality ARGS="--suite instruct sst2 --table"
 #   make finetune ACCELERATE_ARGS="--config_file recipes/configs/..." TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
@@ -19,11 +20,11 @@ INSTALL := $(PIP) install -c constraints.txt
 INSTALL_SGC := PYTHONWARNINGS=ignore $(INSTALL) -q --no-build-isolation -e
 
 .DEFAULT_GOAL := help
-.PHONY: help finetune test test-matrix lint format clean
+.PHONY: help finetune test test-matrix bench-quality lint format clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 finetune: $(VENV)/.installed-hf ## Fine-tune a small Llama with SGC (ARGS="..." goes to recipes/finetune.py)
 	$(BIN)/accelerate launch $(ACCELERATE_ARGS) recipes/finetune.py $(ARGS)
@@ -33,6 +34,9 @@ test: $(VENV)/.installed-dev ## Run the tests (PYTEST_ARGS="-k name", WORKERS=1)
 
 test-matrix: $(VENV)/.installed-dev ## Run every harness with every feature, and write the table of README.md
 	WORKERS=$(WORKERS) $(BIN)/python -m tests.compatibility
+
+bench-quality: $(VENV)/.installed-bench ## Compare optimizers by what they learn (ARGS="--suite instruct --table")
+	$(BIN)/python benchmarks/quality.py $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Style, types and the one-way imports
 	$(BIN)/ruff check .
@@ -64,6 +68,11 @@ $(VENV)/.installed-torch: constraints.txt
 $(VENV)/.installed-hf: $(VENV)/.installed-torch pyproject.toml constraints.txt
 	@echo "Installing sgc and what its recipes need into $(VENV)"
 	$(INSTALL_SGC) '.[hf]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed-torch pyproject.toml constraints.txt
+	@echo "Installing sgc and what it is compared with into $(VENV)"
+	$(INSTALL_SGC) '.[bench]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-torch pyproject.toml constraints.txt
