@@ -1,6 +1,7 @@
 """Which path a stage of the optimizer takes: its Triton kernel, or plain torch.
 
-Every stage with a kernel has a twin in plain torch with the same results. A CPU takes torch, an NVIDIA GPU the kernels.
+Every stage with a kernel has a twin in plain torch with the same results. A CPU takes torch (or, by `sgc.compiled`,
+numba, where it is installed), an NVIDIA GPU the kernels.
 `SGC_KERNELS` in the environment decides otherwise: "torch" nowhere a kernel, "triton" everywhere (on a CPU inside
 Triton's interpreter, which `TRITON_INTERPRET=1` must have switched on before triton was imported), "auto" as said.
 """
@@ -23,7 +24,7 @@ CAPABILITY = (8, 0)  # the oldest NVIDIA architecture that has bf16, and that th
 class Choice(NamedTuple):
     """The path of a stage, and a clause that says why."""
 
-    path: Literal["triton", "torch"]
+    path: Literal["triton", "torch", "numba"]
     reason: str
 
     @property
@@ -44,12 +45,12 @@ def choose(stage: str, device: torch.device, obstacle: str | None = None) -> Cho
         The path. A stage that would take its kernel and can't takes torch, and warns, once for each reason.
 
     Raises:
-        ValueError: `SGC_KERNELS` is something else than "auto", "torch" or "triton".
+        ValueError: `SGC_KERNELS` is something else than "auto", "torch", "triton" or "numba".
         RuntimeError: it is "triton", and there is no Triton, or no interpreter for the CPU.
     """
     mode = requested()
-    if mode == "torch":
-        return Choice("torch", f"{VARIABLE}=torch")
+    if mode in ("torch", "numba"):
+        return Choice("torch", f"{VARIABLE}={mode}")
     missing = _missing(device.type, _index(device))
     if mode == "triton":
         if missing is not None:
@@ -65,14 +66,14 @@ def choose(stage: str, device: torch.device, obstacle: str | None = None) -> Cho
 
 
 def requested() -> str:
-    """Give what `SGC_KERNELS` asks for, "auto" where it is not set.
+    """Give what `SGC_KERNELS` asks for, "auto" where it is not set; "numba" is about a CPU only (`sgc.compiled`).
 
     Raises:
-        ValueError: it is something else than "auto", "torch" or "triton".
+        ValueError: it is something else than "auto", "torch", "triton" or "numba".
     """
     mode = os.environ.get(VARIABLE) or "auto"
-    if mode not in ("auto", "torch", "triton"):
-        raise ValueError(f"{VARIABLE} must be auto, torch or triton, got {mode!r}")
+    if mode not in ("auto", "torch", "triton", "numba"):
+        raise ValueError(f"{VARIABLE} must be auto, torch, triton or numba, got {mode!r}")
     return mode
 
 

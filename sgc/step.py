@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sgc import dispatch, fused, moments
+from sgc import compiled, dispatch, fused, moments
 from sgc.codec import place
 from sgc.codec.layout import BLOCK_ENTRIES, Layout, matrix_shape
 from sgc.codec.lowrank import leading_basis, turn
@@ -191,6 +191,8 @@ def square_sums(grid: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     sums = fused.square_sums(grid, layout)
     if sums is not None:
         return sums
+    if compiled.usable(grid):
+        return compiled.square_sums(grid)
     row = grid.new_empty(layout.rows, dtype=torch.float32)
     col = grid.new_zeros(layout.cols, dtype=torch.float32)
     for rows, _ in layout.blocks():
@@ -228,29 +230,47 @@ def select(
     found = fused.select(grid, layout, whitening, sparsity, eps)
     if found is not None:
         return found
-    parts = [_select_block(grid[rows], layout, whitening, rows, sparsity, eps) for rows, _ in layout.blocks()]
+    blocks = layout.blocks(_block_entries(sparsity))
+    parts = [_select_block(grid[rows], layout, whitening, rows, sparsity, eps) for rows, _ in blocks]
     index, value = zip(*parts, strict=True)
     return torch.cat(index), torch.cat(value)
+
+
+def _block_entries(sparsity: int) -> int:
+    """Entries to select from at a time: so many that calls cost little, so few that temporaries do."""
+    return compiled.BLOCK_ENTRIES if compiled.selects(sparsity) else 4 * BLOCK_ENTRIES
 
 
 def _select_block(
     block: Tensor, layout: Layout, whitening: Whitening | None, rows: slice, sparsity: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     if whitening is None:
-        return top_entries(layout.cut(block.float()), sparsity)
+        return _top(block.float(), layout, None, None, sparsity, eps)
+    a, b = whitening.a[rows], whitening.b
     busy = None if whitening.busy is None or layout.rows_per_chunk > 1 else whitening.busy[rows]
     if busy is None or busy.all():
-        index, value = top_entries(layout.cut(_whiten(block, whitening.a[rows], whitening.b, eps)), sparsity)
-        return index, value.clamp(-moments.CLIP, moments.CLIP)
-    found = top_entries(layout.cut(_whiten(block[busy], whitening.a[rows][busy], whitening.b, eps)), sparsity)
-    return _spread(*found, busy.repeat_interleave(layout.pieces), clip=moments.CLIP)
+        return _top(block.float(), layout, a, b, sparsity, eps)
+    found = _top(block[busy].float(), layout, a[busy], b, sparsity, eps)
+    return _spread(*found, busy.repeat_interleave(layout.pieces))
 
 
-def _spread(index: Tensor, value: Tensor, busy: Tensor, clip: float = math.inf) -> tuple[Tensor, Tensor]:
+def _top(
+    block: Tensor, layout: Layout, a: Tensor | None, b: Tensor | None, sparsity: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Take the top entries of every chunk of some rows in fp32, whitened and clipped where a and b are given."""
+    if sparsity < layout.chunk and compiled.selects(sparsity) and compiled.usable(block):
+        return compiled.select(block, layout, a, b, sparsity, eps, moments.CLIP)
+    if a is None or b is None:
+        return top_entries(layout.cut(block), sparsity)
+    index, value = top_entries(layout.cut(_whiten(block, a, b, eps)), sparsity)
+    return index, value.clamp_(-moments.CLIP, moments.CLIP)
+
+
+def _spread(index: Tensor, value: Tensor, busy: Tensor) -> tuple[Tensor, Tensor]:
     """Put what was found in the busy chunks in its place among all; the others get the first positions, and zeros."""
     all_index = torch.arange(index.shape[1], device=index.device).repeat(len(busy), 1)
     all_value = value.new_zeros(all_index.shape)
-    all_index[busy], all_value[busy] = index, value.clamp(-clip, clip)
+    all_index[busy], all_value[busy] = index, value
     return all_index, all_value
 
 
@@ -278,7 +298,7 @@ def encode(
     shape = (layout.chunks, min(projection.sketch_size, layout.chunk))
     p = torch.empty(shape, dtype=torch.float32, device=grid.device)
     q = torch.empty_like(p) if squares else None
-    for rows, chunks in layout.blocks():
+    for rows, chunks in layout.blocks(_block_entries(group["sparsity"])):
         block = grid[rows] if factor is None else grid[rows].float() * factor
         index, value = _select_block(block, layout, whitening, rows, group["sparsity"], group["eps"])
         p[chunks] = projection.project(index, value, layout.chunk)
@@ -327,6 +347,9 @@ def apply_whitened(
     offset: int = 0,
 ) -> None:
     """W ← (1 − decay)·W − lr·w for the grid of a gradient and its whitening; `offset` entries of it precede W's."""
+    if not offset and weight.numel() == grid.numel() and compiled.usable(weight, grid):
+        compiled.apply_whitened(weight, grid, whitening.a, whitening.b, eps, moments.CLIP, lr, decay)
+        return
     flat = weight.view(-1)
     for rows, _ in layout.blocks():
         start, stop = (min(max(edge * layout.cols - offset, 0), flat.numel()) for edge in (rows.start, rows.stop))

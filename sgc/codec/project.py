@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from sgc import compiled
+
 HELD_ENTRIES = 1 << 20  # an A of up to so many entries is held (4 MiB in fp32), a larger one is made blockwise
 MOST_ENTRIES = 1 << 32  # an A beyond this would take minutes a step to make, and is refused
 _WORD = 0xFFFFFFFF
@@ -117,6 +119,9 @@ class Projection:
         if self.sketch_size >= n:
             return value.new_zeros(index.shape[0], n).scatter_(1, index, value)
         if self.holds(n):
+            if compiled.usable(value):
+                out = value.new_zeros(index.shape[0], self.sketch_size)
+                return compiled.project(index, value, self.columns(n, index.device), out)
             return torch.nn.functional.embedding_bag(
                 index.contiguous(), self.columns(n, index.device), per_sample_weights=value.contiguous(), mode="sum"
             )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sgc.codec.project import Projection
+from sgc import compiled
+from sgc.codec.project import Projection, sign_words
 from sgc.codec.sparsify import top_entries, top_indices
 
 METHODS = ("omp", "gomp", "threshold")
@@ -38,6 +39,8 @@ def recover(
     sparsity = min(sparsity, n)
     if projection.sketch_size >= n:
         return top_entries(sketch, sparsity)
+    if method == "threshold" and projection.holds(n) and compiled.selects(sparsity) and compiled.usable(sketch):
+        return _compiled_threshold(sketch, n, projection, sparsity, lengths)
     widest = max(n, sparsity * (sparsity if projection.holds(n) else projection.sketch_size))
     step = max(1, _BLOCK // widest)
     passes = {"omp": sparsity, "gomp": min(GOMP_PASSES, sparsity), "threshold": 1}[method]
@@ -55,6 +58,23 @@ def recover(
     index, value = (torch.cat(part) if len(parts) > 1 else part[0] for part in zip(*parts, strict=True))
     index, order = index.sort(1)
     return index, value.gather(1, order)
+
+
+def _compiled_threshold(
+    sketch: Tensor, n: int, projection: Projection, sparsity: int, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    columns = projection.columns(n, sketch.device)
+    words = sign_words(torch.arange(n), projection.sketch_size, projection.seed).to(torch.int32).T
+    index = torch.empty(sketch.shape[0], sparsity, dtype=torch.int64)
+    value = torch.empty(sketch.shape[0], sparsity)
+    step = max(1, _BLOCK // n)
+    correlation = torch.empty(min(step, sketch.shape[0]), n)
+    for start in range(0, sketch.shape[0], step):
+        part = slice(start, start + step)
+        length = None if lengths is None else lengths[part]
+        here = torch.mm(sketch[part], columns.T, out=correlation[: sketch.shape[0] - start])
+        compiled.recover(here, words, projection.sketch_size, RIDGE, length, index[part], value[part])
+    return index, value
 
 
 def _pursuit(
