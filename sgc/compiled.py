@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sgc import dispatch
-
-if TYPE_CHECKING:
-    from sgc.codec.layout import Layout
 
 PART_ENTRIES = 1 << 18  # rows or chunks of so many entries are one task, whatever the number of threads
 BLOCK_ENTRIES = 1 << 22  # entries of a 16-bit gradient that are turned to fp32 at a time
@@ -89,39 +87,41 @@ def apply_whitened(
 
 
 def select(
-    grid: Tensor, layout: Layout, a: Tensor | None, b: Tensor | None, sparsity: int, eps: float, clip: float
+    grid: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    shape: tuple[int, int, int],
+    sparsity: int,
+    eps: float,
+    clip: float,
 ) -> tuple[Tensor, Tensor]:
     """Take the top entries of every chunk of some rows of a grid, whitened and clipped where a and b are given.
 
     Args:
         grid: a multiple of `rows_per_chunk` rows, or the last ones, (rows, cols).
-        layout: the chunks of a row.
         a: (rows,) or None.
         b: (cols,) or None.
-        sparsity: s, at most MOST_INSERTED.
+        shape: n, the chunks of a row, and the rows of a chunk, one of both 1.
+        sparsity: s, below n and at most MOST_INSERTED.
         eps: ε.
         clip: the largest |w|.
 
     Returns:
         index (c, s) int64, ascending in each chunk, and value (c, s).
     """
-    chunks = math.ceil(grid.shape[0] / layout.rows_per_chunk) * layout.pieces
-    index = torch.empty(chunks, sparsity, dtype=torch.int64)
-    value = torch.empty(chunks, sparsity)
-    none = torch.empty(0)
-    if a is None:
-        clip = math.inf
+    chunk, pieces, rows_per_chunk = shape
+    chunks = math.ceil(grid.shape[0] / rows_per_chunk) * pieces
+    index, value = torch.empty(chunks, sparsity, dtype=torch.int64), torch.empty(chunks, sparsity)
+    whitening = [torch.empty(0)] * 2 if a is None or b is None else [a, b]
+    scalars = _floats(eps, math.inf if a is None else clip)
     arrays = (
-        *map(_array, (grid, none if a is None else a, none if b is None else b)),
-        *_floats(eps, clip),
-        layout.chunk,
-        layout.pieces,
-        layout.rows_per_chunk,
-        groups_of(layout.chunk, sparsity),
-        _array(index),
-        _array(value),
+        *map(_array, (grid, *whitening)),
+        *scalars,
+        *shape,
+        groups_of(chunk, sparsity),
+        *map(_array, (index, value)),
     )
-    _share_rows(_loops().select, (chunks, layout.chunk), arrays)
+    _share_rows(_loops().select, (chunks, chunk), arrays)
     return index, value
 
 
@@ -190,7 +190,7 @@ def _share(run: Callable[[int, int], None], parts: int) -> None:
     if threads not in _pools:
         _pools[threads] = ThreadPoolExecutor(threads - 1, thread_name_prefix="sgc")
     edges = [parts * number // threads for number in range(threads + 1)]
-    others = [_pools[threads].submit(run, first, last) for first, last in zip(edges[1:-1], edges[2:], strict=True)]
+    others = [_pools[threads].submit(run, *edge) for edge in list(itertools.pairwise(edges))[1:]]
     run(edges[0], edges[1])
     for other in others:
         other.result()

@@ -185,10 +185,12 @@ def project(index: Any, value: Any, columns: Any, out: Any, sign: Any, first: in
                 out[c, i] += v * columns[j, i]
 
 
-@intrinsic
-def _ones(context: Any, x: Any) -> Any:
+def _count_bits(context: Any, x: Any) -> Any:
     """Count the bits of an integer that are set."""
     return x(x), lambda _context, builder, _signature, arguments: builder.ctpop(arguments[0])
+
+
+_ones: Callable[..., Any] = intrinsic(_count_bits)  # called without the context
 
 
 @_compile
@@ -206,8 +208,8 @@ def recover(
 ) -> None:
     """Put the s' largest |Aᵀy| of some chunks, and their least-squares values, into index and value (c, s').
 
-    correlation is Aᵀy (c, n), words (⌈k/32⌉, n) the signs of A as bits; length (c,) says where a chunk's padding starts,
-    empty: there is none.
+    correlation is Aᵀy (c, n), words (⌈k/32⌉, n) the signs of A as bits; length (c,) says where a chunk's padding
+    starts, empty: there is none.
     """
     n, count = correlation.shape[1], index.shape[1]
     bits, signed = np.full(-(-n // groups) * groups, _LOWEST), correlation.view(np.int32)

@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-HEAP = 64  # on a CPU torch.topk keeps a heap where n ≥ 64·s, and partitions the whole row, three times slower, elsewhere
+HEAP = (
+    64  # on a CPU torch.topk keeps a heap where n ≥ 64·s, and partitions the whole row, three times slower, elsewhere
+)
 SMALLEST_SHARE = 16  # below n/s = 16 so many groups are reached that grouping gains nothing
 LARGEST_NETWORK = 16  # the most entries for which a sorting network beats topk
 
@@ -119,7 +121,8 @@ def _smallest_of_top(values: Tensor, count: int) -> Tensor:
 def _sort_bitonic(held: Tensor, spare: Tensor, half: int) -> tuple[Tensor, Tensor]:
     """Sort every bitonic run of 2·half rows, the largest first; gives the sorted tensor, and the one to overwrite."""
     while half:
-        _order(*held.view(-1, 2, half, held.shape[1]).unbind(1), spare.view(-1, 2, half, held.shape[1]))
+        first, second = held.view(-1, 2, half, held.shape[1]).unbind(1)
+        _order(first, second, spare.view(-1, 2, half, held.shape[1]))
         held, spare = spare, held
         half //= 2
     return held, spare
