@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py --suite instruct            # resumes: what is in the results is not run again
     python benchmarks/quality.py --suite instruct --table    # the table so far, and what is missing
+    python benchmarks/quality.py --write docs/results.md     # the tables of the page, from today's rows
     python benchmarks/quality.py --model MODEL --dataset DATA --optimizers adamw "sgc()" "lora(rank=8)" --lr 1e-4 3e-4
     python benchmarks/quality.py --config recipes/configs/commonsense_llama3_8b.yaml
 
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import peers
 from benchmarks.harness import add_row, claim, rows
 from benchmarks.suites import OWN, SUITES, Setting, Suite, gpu_hours, own_suite, read_config
-from benchmarks.tables import Row, rate_table, score, table
+from benchmarks.tables import Row, fill, rate_table, score, table
 from benchmarks.tasks import Source, Task, open_task
 
 RESULT = "quality"
@@ -246,6 +247,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--result", help="name of the file in benchmarks/results; own suites: quality-own")
     parser.add_argument("--table", action="store_true", help="print the table and what is missing, run nothing")
+    parser.add_argument("--write", type=Path, nargs="+", help="pages whose tables to draw anew, run nothing")
     parser.add_argument("--gpu-hours", action="store_true", help="print what a configuration would take, run nothing")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--reverse", action="store_true", help="start from the other end, beside another process")
@@ -268,6 +270,10 @@ def main(argv: list[str] | None = None) -> None:
     """Run what is missing of a suite, or print its table."""
     arguments, config = parse_arguments(argv)
     torch.set_num_threads(arguments.threads)
+    if arguments.write:
+        for page in arguments.write:
+            page.write_text(fill(page.read_text(encoding="utf-8"), list(done().values())), encoding="utf-8")
+        return
     if config:
         own = own_suite(config)
         if arguments.gpu_hours:

@@ -99,7 +99,7 @@ SUITES = {
     ),
     # The Llama of the repository learns to do as it is told; and a commonsense set.
     "skills": Suite(
-        (Setting("tiny-llama:skills", 150, 16),),
+        (Setting("tiny-llama:skills", 100, 16),),
         (
             *("adamw", "sgc()", "adafactor", GALORE, APOLLO, "lora(rank=8)", "frozen", "sgc(sketch_size=32)"),
             *("adamw8bit", "sgd_momentum", "came", "dora(rank=8)"),

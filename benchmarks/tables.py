@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from typing import Any, NamedTuple
 
-from benchmarks.suites import Setting, Suite
+from benchmarks.suites import SUITES, Setting, Suite
+
+BLOCK = re.compile(r"(<!-- (table|rates): ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
 
@@ -174,3 +177,27 @@ def rate_table(suite: Suite, found: list[Row]) -> str:
             at_end = "best at an end" if ends and max(rates, key=run.__getitem__) in ends else ""
             lines.append(f"| `{optimizer}` | {text} | {at_end} |")
     return "\n".join(lines).strip()
+
+
+def fill(text: str, found: list[Row]) -> str:
+    """Put the tables of today's rows where a page asks for them.
+
+    Args:
+        text: with blocks `<!-- table: SUITE -->` (or `rates: SUITE`) … `<!-- end -->`; what is between is replaced.
+        found: rows.
+
+    Raises:
+        ValueError: a block names no suite, or there is none.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        begin, kind, name, end = match.groups()
+        if name not in SUITES:
+            raise ValueError(f"a table must be of one of {', '.join(SUITES)}, got {name!r}")
+        drawn = {"table": table, "rates": rate_table}[kind](SUITES[name], found)
+        return f"{begin}{drawn}\n{end}"
+
+    filled, count = BLOCK.subn(block, text)
+    if not count:
+        raise ValueError("the page has no block <!-- table: SUITE --> … <!-- end -->")
+    return filled

@@ -205,6 +205,28 @@ def test_the_table_of_rates_says_when_the_best_is_at_an_end():
     assert lines[-1].endswith("0.01: 0.500 | best at an end |")
 
 
+def test_the_tables_of_a_page_are_drawn_from_the_rows(results, tmp_path, monkeypatch):
+    monkeypatch.setitem(suites.SUITES, "small", SUITE)
+    page = tmp_path / "page.md"
+    page.write_text(
+        "before\n<!-- table: small -->\nold\n<!-- end -->\nbetween\n<!-- rates: small -->\n<!-- end -->\nafter\n"
+    )
+    for seed in SUITE.seeds:
+        harness.add_row("quality", row("adamw", 1e-2, seed, 0.5 + seed / 10))
+    quality.main(["--write", str(page)])
+    text = page.read_text()
+    assert "0.600 ± 0.100 (0.01)" in text
+    assert "old" not in text
+    assert "| `adamw` | 0.0001: missing, 0.01: 0.500 |" in text
+    assert [line for line in text.splitlines() if not line.startswith(("|", "<"))] == ["before", "between", "after"]
+    quality.main(["--write", str(page)])
+    assert page.read_text() == text
+    with pytest.raises(ValueError, match="got 'nosuch'"):
+        tables.fill("<!-- table: nosuch -->\n<!-- end -->", [])
+    with pytest.raises(ValueError, match="has no block"):
+        tables.fill("nothing", [])
+
+
 # ---- models and data of one's own ------------------------------------------------------------------------------------
 
 
