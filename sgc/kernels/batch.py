@@ -18,7 +18,22 @@ from torch import Tensor
 
 from sgc.codec.layout import Layout
 from sgc.kernels import dense
-from sgc.kernels.dense import BLOCK, DTYPES, FOLDED, RATES, WARPS, WORDS, aligned, log_or_less, tiling
+from sgc.kernels.dense import (
+    BLOCK,
+    DTYPES,
+    FOLDED,
+    FOUR_WARPS,
+    MOVED,
+    ONE_WARP,
+    RATES,
+    SUMMED,
+    WORDS,
+    aligned,
+    log_or_less,
+    passes,
+    tile_height,
+    tile_width,
+)
 
 WAVE_ENTRIES = 1 << 30  # of the tensors launched together: their scratch takes 4 bytes for every 85 of them, 50 MB
 MOST_PLANS = 8  # sets of tensors, as experts or adapters make, whose tables are kept
@@ -57,17 +72,18 @@ class Kind(NamedTuple):
 
     def constants(self) -> dict[str, Any]:
         """Give what kernels are compiled for."""
-        return {"DTYPE": DTYPES[self.gradients], "ALIGNED": self.aligned, "num_warps": WARPS}
+        return {"DTYPE": DTYPES[self.gradients], "ALIGNED": self.aligned}
 
     def weight_constants(self) -> dict[str, Any]:
         """Give what kernels that move weights are compiled for."""
-        return {**self.constants(), "WEIGHTS": DTYPES[self.weights], "STOCHASTIC": self.stochastic}
+        return {**self.constants(), "WEIGHTS": DTYPES[self.weights], "STOCHASTIC": self.stochastic, **FOUR_WARPS}
 
 
 class Launch(NamedTuple):
     """Tensors of one kind that are launched together."""
 
     kind: Kind
+    down: int  # rows of a tile
     tiles: Tensor  # (programs,) int32, the tensor of each tile or block
     folds: Tensor  # (programs,) int32, the tensor of each program that folds; empty for tensors kept dense
     scratch: int  # fp32 numbers
@@ -150,15 +166,16 @@ class Batch:
         tiles, folds = (len(launch.tiles),), (len(launch.folds),)
         totals = torch.empty(2 * max(*tiles, *folds), dtype=torch.float32, device=self._device)
         if not kind.factored:
-            dense.dense_sums[tiles](table, launch.tiles, totals, count, **kind.constants())
+            dense.dense_sums[tiles](table, launch.tiles, totals, count, **kind.constants(), **FOUR_WARPS)
             dense.dense_adamw[tiles](table, launch.tiles, totals, *missed, **kind.weight_constants())
             return
-        sizes = tiling(kind.across, kind.gradients.itemsize)
+        across, down = kind.across, launch.down
         parts = torch.empty(launch.scratch, dtype=torch.float32, device=self._device)
-        dense.tile_sums[tiles](table, launch.tiles, parts, count, **kind.constants(), **sizes)
-        down = sizes["BM"] * sizes["STEPS"]
-        dense.fold_sums[folds](table, launch.folds, parts, totals, count, sizes["BN"], down, num_warps=WARPS)
-        dense.move_moments[folds](table, launch.folds, parts, totals, *missed, num_warps=WARPS)
+        sizes = passes(across, down, SUMMED)
+        dense.tile_sums[tiles](table, launch.tiles, parts, count, **kind.constants(), **sizes, **ONE_WARP)
+        dense.fold_sums[folds](table, launch.folds, parts, totals, count, across, down, **FOUR_WARPS)
+        dense.move_moments[folds](table, launch.folds, parts, totals, *missed, **FOUR_WARPS)
+        sizes = passes(across, down, MOVED)
         dense.whiten_and_apply[tiles](table, launch.tiles, parts, norms, count, **kind.weight_constants(), **sizes)
 
     def _table(self, entries: Sequence[Entry], plan: Plan) -> Tensor:
@@ -201,6 +218,8 @@ class Batch:
         launches = []
         for kind, numbers in waves(entries):
             tiles, folds, scratch, owners, folders = 0, 0, 0, [], []
+            wave = sum(entries[number].weight.numel() for number in numbers)
+            high = tile_height(kind.across, wave) if kind.factored else 0
             for number in numbers:
                 entry = entries[number]
                 first, second = (moment.data_ptr() for moment in entry.moments)
@@ -211,9 +230,7 @@ class Batch:
                     columns[number] = [*held, 1, numel, numel, slots[number], tiles, 0, 0, 0, 0]
                     own, folding = triton.cdiv(numel, BLOCK.value), 0
                 else:
-                    sizes = tiling(kind.across, kind.gradients.itemsize)
-                    down = triton.cdiv(layout.rows, sizes["BM"] * sizes["STEPS"])
-                    across = triton.cdiv(layout.cols, sizes["BN"])
+                    down, across = triton.cdiv(layout.rows, high), triton.cdiv(layout.cols, kind.across)
                     col_at = scratch + across * layout.rows
                     sums_at = col_at + down * layout.cols
                     size = [layout.rows, layout.cols, layout.numel]
@@ -224,7 +241,7 @@ class Batch:
                 tiles, folds = tiles + own, folds + folding
                 owners.append(own)
                 folders.append(folding)
-            launches.append(Launch(kind, self._owners(numbers, owners), self._owners(numbers, folders), scratch))
+            launches.append(Launch(kind, high, self._owners(numbers, owners), self._owners(numbers, folders), scratch))
         static = torch.tensor(columns, dtype=torch.int64).T.contiguous()
         none = torch.zeros(len(slots), dtype=torch.int32, device=self._device)
         return Plan(static, launches, slots, self._send(torch.tensor(slots)), none)
@@ -259,7 +276,7 @@ def kind_of(entry: Entry) -> Kind:
         addresses += [moment.data_ptr() for moment in entry.moments]
         fits = weight.numel() % 8 == 0 and all(address % 16 == 0 for address in addresses)
         return Kind(False, gradient.dtype, weight.dtype, fits, stochastic, 0)
-    across = tiling(layout.cols, gradient.element_size())["BN"]
+    across = tile_width(layout.cols, gradient.element_size())
     return Kind(True, gradient.dtype, weight.dtype, aligned(layout, *addresses), stochastic, across)
 
 

@@ -36,13 +36,18 @@ FLOOR = tl.constexpr(moments.FLOOR)
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-TILE = 4096  # entries that a program works on at a time: 32 for each of its 128 threads, 4 loads of 16 bytes in bf16
-TILES = 8  # how often, down the rows
+TILE = 1 << 15  # entries of a tile, which leave one sum for each of its rows and columns: 1/85 of the entries
+SMALL_TILE = 1 << 13  # where such large ones would leave most of a GPU idle
+SMALL_WAVE = 1 << 26  # entries that are few
+SUMMED = 1024  # entries that the one warp of `tile_sums` loads at a time, 4 loads of 16 bytes a thread in bf16
+MOVED = 2048  # entries that the four warps of `whiten_and_apply` load at a time
 FOLDED = tl.constexpr(128)  # rows, or columns, that a program of `fold_sums` and `move_moments` finishes
 FOLD = tl.constexpr(32)  # partial sums of each that it loads at a time
 TOTALS = tl.constexpr(256)  # sums of programs that are loaded at a time
 BLOCK = tl.constexpr(1024)  # entries of a program for a tensor kept dense
-WARPS = 4
+# fusion is said, since its default changes between versions of Triton
+ONE_WARP = {"num_warps": 1, "enable_fp_fusion": True}
+FOUR_WARPS = {"num_warps": 4, "enable_fp_fusion": True}
 
 # Words of the table: what changes with every step comes first.
 GRADIENT = tl.constexpr(0)  # address
@@ -141,6 +146,12 @@ def rate(table, tensors, number, WHICH: tl.constexpr):
 
 
 @triton.jit
+def eights(size, ALIGNED: tl.constexpr):
+    """A multiple of 8 in a form in which the compiler sees it: Triton 3.6 forgets a mark on what a function returns."""
+    return size // 8 * 8 if ALIGNED else size
+
+
+@triton.jit
 def correction(log_beta, count):
     """1 − βᵗ, in float64: at t = 1 an fp32 would lose four digits."""
     return (1.0 - tl.exp(log_beta * count.to(tl.float64))).to(tl.float32)
@@ -152,8 +163,7 @@ def sum_tile(
     BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Row and column sums of g² of tile `local` of a grid: BM·STEPS rows, BN columns."""
-    if ALIGNED:
-        cols, numel = tl.multiple_of(cols, 8), tl.multiple_of(numel, 8)
+    cols, numel = eights(cols, ALIGNED), eights(numel, ALIGNED)
     wide = tl.cdiv(cols, BN)
     across, down = local % wide, local // wide
     col = across * BN + tl.arange(0, BN)
@@ -323,10 +333,8 @@ def whiten_and_apply(
     """
     program = tl.program_id(0)
     number = tl.load(owner + program)
-    rows, cols = word(table, tensors, number, ROWS), word(table, tensors, number, COLS)
-    numel = word(table, tensors, number, NUMEL)
-    if ALIGNED:
-        cols, numel = tl.multiple_of(cols, 8), tl.multiple_of(numel, 8)
+    rows, cols = word(table, tensors, number, ROWS), eights(word(table, tensors, number, COLS), ALIGNED)
+    numel = eights(word(table, tensors, number, NUMEL), ALIGNED)
     local = program - word(table, tensors, number, TILE_AT)
     norm = tl.load(norms + number)
     moves = (norm > 0) & (norm < float("inf"))
@@ -368,9 +376,7 @@ def dense_sums(table, owner, totals, tensors, DTYPE: tl.constexpr, ALIGNED: tl.c
     """
     program = tl.program_id(0)
     number = tl.load(owner + program)
-    numel = word(table, tensors, number, NUMEL)
-    if ALIGNED:
-        numel = tl.multiple_of(numel, 8)
+    numel = eights(word(table, tensors, number, NUMEL), ALIGNED)
     at = (program - word(table, tensors, number, TILE_AT)) * BLOCK + tl.arange(0, BLOCK)
     x = read(word(table, tensors, number, GRADIENT), at, at < numel, DTYPE, ALIGNED)
     tl.store(totals + 2 * program, tl.sum(x * x, 0))
@@ -387,9 +393,7 @@ def dense_adamw(
     """
     program = tl.program_id(0)
     number = tl.load(owner + program)
-    numel = word(table, tensors, number, NUMEL)
-    if ALIGNED:
-        numel = tl.multiple_of(numel, 8)
+    numel = eights(word(table, tensors, number, NUMEL), ALIGNED)
     first = word(table, tensors, number, TILE_AT)
     local = program - first
     norm = tl.sqrt_rn(sum_of(totals, first, tl.cdiv(numel, BLOCK), 2))
@@ -450,14 +454,19 @@ def fold_sums_of_one(parts, sums, rows, cols, BN: tl.constexpr, BR: tl.constexpr
     tl.store(sums + tl.where(is_row, 0, rows) + at, total, mask=at < size)
 
 
-def tiling(cols: int, itemsize: int) -> dict[str, int]:
-    """Choose the tile of a grid: BM rows by BN columns, STEPS of them down the rows.
+def tile_width(cols: int, itemsize: int) -> int:
+    """Choose the columns of a tile: a warp loads a row of it at once, 16 bytes a thread, and sums it without others."""
+    return min(256 if itemsize == 2 else 128, max(32, triton.next_power_of_2(cols)))
 
-    A warp loads a row of a tile at once, 16 bytes for each of its threads, so that the sum of a row stays inside it.
-    """
-    wide = 256 if itemsize == 2 else 128
-    across = min(wide, max(32, triton.next_power_of_2(cols)))
-    return {"BM": TILE // across, "BN": across, "STEPS": TILES}
+
+def tile_height(across: int, entries: int) -> int:
+    """Choose the rows of a tile, of tensors of so many entries in all."""
+    return (TILE if entries > SMALL_WAVE else SMALL_TILE) // across
+
+
+def passes(across: int, down: int, loaded: int) -> dict[str, int]:
+    """Say how a program goes through a tile, so many entries at a time: STEPS times BM rows by BN columns."""
+    return {"BM": loaded // across, "BN": across, "STEPS": down * across // loaded}
 
 
 def aligned(layout: Layout, *addresses: int) -> bool:
@@ -476,15 +485,24 @@ def square_sums(gradient: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         (rows,) and (cols,) fp32, views of one tensor (rows + cols,).
     """
     flat = gradient.reshape(-1)
-    rows, cols, sizes = layout.rows, layout.cols, tiling(layout.cols, flat.element_size())
-    down, across = triton.cdiv(rows, sizes["BM"] * sizes["STEPS"]), triton.cdiv(cols, sizes["BN"])
+    rows, cols = layout.rows, layout.cols
+    wide = tile_width(cols, flat.element_size())
+    high = tile_height(wide, layout.numel)
+    down, across = triton.cdiv(rows, high), triton.cdiv(cols, wide)
     parts = torch.empty(across * rows + down * cols, dtype=torch.float32, device=flat.device)
     sums = torch.empty(rows + cols, dtype=torch.float32, device=flat.device)
     tile_sums_of_one[(down * across,)](
-        flat, parts, rows, cols, layout.numel, aligned(layout, flat.data_ptr()), **sizes, num_warps=WARPS
+        flat,
+        parts,
+        rows,
+        cols,
+        layout.numel,
+        aligned(layout, flat.data_ptr()),
+        **passes(wide, high, SUMMED),
+        **ONE_WARP,
     )
     folds = triton.cdiv(rows, FOLDED.value) + triton.cdiv(cols, FOLDED.value)
-    fold_sums_of_one[(folds,)](parts, sums, rows, cols, sizes["BN"], sizes["BM"] * sizes["STEPS"], num_warps=WARPS)
+    fold_sums_of_one[(folds,)](parts, sums, rows, cols, wide, high, **FOUR_WARPS)
     row, col = sums.split([rows, cols])
     return row, col
 

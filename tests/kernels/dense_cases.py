@@ -1,0 +1,58 @@
+"""Compile versions of the default path's kernels for an H100, and print how each touches memory, a JSON line a kernel.
+
+    TRITON_INTERPRET=0 python -m tests.kernels.dense_cases
+"""
+
+import json
+import re
+
+import torch
+from triton.runtime.jit import JITFunction
+
+from sgc.codec.layout import make_layout
+from sgc.kernels import dense
+from sgc.kernels.batch import Batch, Entry
+from tests.kernels import compiled
+
+
+def entry(shape, gradients, weights, stochastic):
+    weight, layout = torch.zeros(shape, dtype=weights), make_layout(shape, 256)
+    if weight.numel() < 4096:
+        layout, state = None, {"exp_avg": torch.zeros(shape), "exp_avg_sq": torch.zeros(shape)}
+    else:
+        state = {"row": torch.zeros(layout.rows), "col": torch.zeros(layout.cols)}
+    state["step"] = torch.zeros(())
+    gradient = torch.zeros(shape, dtype=gradients)
+    return Entry(weight, gradient, state, layout, 1e-3, 1e-5, 1e-8, (0.9, 0.999), 7, stochastic)
+
+
+def launches():
+    yield "aligned bf16", lambda: step((512, 512), torch.bfloat16, torch.bfloat16, True)
+    yield "aligned dense bf16", lambda: step((1024,), torch.bfloat16, torch.bfloat16, True)
+    yield "aligned sums bf16", lambda: dense.square_sums(torch.zeros(512, 512, dtype=torch.bfloat16), layout(512, 512))
+    yield "aligned fp32", lambda: step((512, 512), torch.float32, torch.float32, False)
+    yield "odd bf16", lambda: step((512, 511), torch.bfloat16, torch.bfloat16, False)
+    yield "odd dense fp16", lambda: step((1023,), torch.float16, torch.float16, False)
+    yield "odd mixed", lambda: step((512, 31), torch.bfloat16, torch.float32, False)
+
+
+def layout(*shape):
+    return make_layout(shape, 256)
+
+
+def step(shape, *kind):
+    Batch(torch.device("cpu")).update([entry(shape, *kind)])
+
+
+def main():
+    JITFunction.run = compiled.compile_instead
+    for case, launch in launches():
+        compiled.made_of.clear()
+        launch()
+        for name, made in compiled.made_of:
+            accesses = re.findall(r"((?:ld|st)\.global\S*)", made.asm["ptx"])
+            print(json.dumps({"case": case, "kernel": name, "accesses": sorted(set(accesses))}))
+
+
+if __name__ == "__main__":
+    main()
