@@ -9,9 +9,12 @@ is the same for both. The hash itself stays in one place, `sgc.codec.project.sig
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from sgc.codec.layout import Layout
 
@@ -46,6 +49,11 @@ def shape_of(layout: Layout) -> dict[str, int | bool]:
 def root_of(sketch_size: int) -> float:
     """Give 1/√k, the size of the entries of A."""
     return 1 / math.sqrt(sketch_size)
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Launch on the GPU that holds a tensor, which need not be the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @triton.jit

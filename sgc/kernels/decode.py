@@ -19,6 +19,7 @@ from sgc.kernels.chunks import (
     group_length,
     is_real,
     magnitude,
+    on_device_of,
     popcount,
     power_of_two,
     project_word,
@@ -78,29 +79,30 @@ def decode(
     entries, slots = max(16, power_of_two(layout.chunk)), power_of_two(recovered)
     tile = min(128, max(16, min(TILE // entries, TILE // slots**2)))
     words = projection.words(layout.chunk, sketch.device)
-    _decode[(triton.cdiv(layout.chunks, tile),)](
-        sketch,
-        words,
-        index,
-        value,
-        layout.chunks,
-        layout.numel,
-        root_of(projection.sketch_size),
-        RIDGE,
-        words.shape[1],
-        K=projection.sketch_size,
-        S=recovered,
-        SLOTS=slots,
-        LENGTH=group_length(entries, slots),
-        C=tile,
-        ENTRIES=entries,
-        TAKE=take,
-        # the interpreter multiplies the bits of bf16 numbers, so there the three parts are multiplied in fp32
-        DOT=tl.bfloat16 if isinstance(_decode, triton.JITFunction) else tl.float32,
-        num_warps=WARPS,
-        enable_fp_fusion=True,
-        **shape_of(layout),
-    )
+    with on_device_of(sketch):
+        _decode[(triton.cdiv(layout.chunks, tile),)](
+            sketch,
+            words,
+            index,
+            value,
+            layout.chunks,
+            layout.numel,
+            root_of(projection.sketch_size),
+            RIDGE,
+            words.shape[1],
+            K=projection.sketch_size,
+            S=recovered,
+            SLOTS=slots,
+            LENGTH=group_length(entries, slots),
+            C=tile,
+            ENTRIES=entries,
+            TAKE=take,
+            # the interpreter multiplies the bits of bf16 numbers, so there the three parts are multiplied in fp32
+            DOT=tl.bfloat16 if isinstance(_decode, triton.JITFunction) else tl.float32,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+            **shape_of(layout),
+        )
     return index, value
 
 
@@ -129,25 +131,26 @@ def apply(
     count = index.shape[1]
     slots, entries = power_of_two(count), power_of_two(layout.chunk)
     tile = max(1, 1024 // (entries if decay else slots))
-    _apply[(triton.cdiv(layout.chunks, tile),)](
-        weight,
-        index,
-        value,
-        layout.chunks,
-        layout.numel,
-        lr,
-        1 - decay,
-        0 if seed is None else (seed ^ seed >> 32) & 0x7FFFFFFF,
-        S=count,
-        SLOTS=slots,
-        C=tile,
-        ENTRIES=entries,
-        DECAYS=decay != 0,
-        STOCHASTIC=seed is not None and weight.dtype is torch.bfloat16,
-        num_warps=4,
-        enable_fp_fusion=False,
-        **shape_of(layout),
-    )
+    with on_device_of(weight):
+        _apply[(triton.cdiv(layout.chunks, tile),)](
+            weight,
+            index,
+            value,
+            layout.chunks,
+            layout.numel,
+            lr,
+            1 - decay,
+            0 if seed is None else (seed ^ seed >> 32) & 0x7FFFFFFF,
+            S=count,
+            SLOTS=slots,
+            C=tile,
+            ENTRIES=entries,
+            DECAYS=decay != 0,
+            STOCHASTIC=seed is not None and weight.dtype is torch.bfloat16,
+            num_warps=4,
+            enable_fp_fusion=False,
+            **shape_of(layout),
+        )
 
 
 @triton.jit(do_not_specialize=["chunks", "numel", "root", "ridge", "held"])

@@ -20,6 +20,7 @@ from sgc.kernels.chunks import (
     group_length,
     is_real,
     magnitude,
+    on_device_of,
     power_of_two,
     project_word,
     root_of,
@@ -133,35 +134,36 @@ def _launch(
     entries, slots = power_of_two(layout.chunk), power_of_two(sparsity)
     warps = 1 if entries <= TILE else 4
     tile = max(1, TILE * warps // entries)
-    _encode[(triton.cdiv(layout.chunks, tile),)](
-        gradient,
-        factor,
-        a,
-        b,
-        None if busy is None else busy.view(torch.uint8),
-        words,
-        out,
-        square,
-        layout.chunks,
-        layout.numel,
-        eps,
-        beta,
-        1 - beta,
-        root_of(sketch_size) if sketch_size else 1.0,
-        0 if words is None else words.shape[1],
-        WHITEN=whitening is not None,
-        CLIP_AT=CLIP,
-        K=sketch_size,
-        S=sparsity,
-        SLOTS=slots,
-        LENGTH=group_length(entries, slots),
-        C=tile,
-        ENTRIES=entries,
-        MODE=mode,
-        num_warps=warps,
-        enable_fp_fusion=False,  # w and ρE + p are rounded as torch rounds them
-        **shape_of(layout),
-    )
+    with on_device_of(gradient):
+        _encode[(triton.cdiv(layout.chunks, tile),)](
+            gradient,
+            factor,
+            a,
+            b,
+            None if busy is None else busy.view(torch.uint8),
+            words,
+            out,
+            square,
+            layout.chunks,
+            layout.numel,
+            eps,
+            beta,
+            1 - beta,
+            root_of(sketch_size) if sketch_size else 1.0,
+            0 if words is None else words.shape[1],
+            WHITEN=whitening is not None,
+            CLIP_AT=CLIP,
+            K=sketch_size,
+            S=sparsity,
+            SLOTS=slots,
+            LENGTH=group_length(entries, slots),
+            C=tile,
+            ENTRIES=entries,
+            MODE=mode,
+            num_warps=warps,
+            enable_fp_fusion=False,  # w and ρE + p are rounded as torch rounds them
+            **shape_of(layout),
+        )
 
 
 @triton.jit

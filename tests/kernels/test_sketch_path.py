@@ -1,0 +1,159 @@
+"""Whole steps of the optimizer with a sketch, by kernels and by torch."""
+
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from sgc import SGC, dispatch, fused, step
+from tests.tolerances import EPS_BF16, MARGIN, TWIN
+
+STEPS = 4
+# eps is of the size of the gradients' roots, so that few values are clipped, or all but ±1, and tie.
+OPTIONS = {
+    "lr": 0.03,
+    "betas": (0.8, 0.95),
+    "eps": 0.05,
+    "weight_decay": 0.1,
+    "chunk_size": 32,
+    "sketch_size": 24,
+    "sparsity": 4,
+    "min_size": 0,
+    "seed": 3,
+    "stochastic_rounding": False,
+}
+STAGES = ("encode", "encode_into", "select", "decode", "apply", "square_sums")
+SHAPES = {
+    "several chunks a row": (12, 96),
+    "padded rows": (10, 77),
+    "short rows share a chunk": (41, 8),
+    "vector, ragged": (250,),
+    "experts": (3, 5, 64),
+}
+
+
+def steps(path, shape, dtype, device, monkeypatch, data=0, count=STEPS, attach=False, seen=False, **changed):
+    """Train on given gradients: weights after every step, the state, what took its kernel, and how clear choices were.
+
+    That is the least gap between the last correlation that recovery took and the next, as a share of the largest.
+    """
+    monkeypatch.setenv(dispatch.VARIABLE, path)
+    taken, gaps = set(), [1.0]
+    recover = step._recover_busy
+
+    def measured(target, layout, projection, group, *rest, **take):
+        if projection.sketch_size < layout.chunk:
+            size = projection.correlate(target, layout.chunk).abs().sort(1, descending=True).values
+            last = group["recovered"]
+            gap = (size[:, last - 1] - size[:, last]) / size[:, 0]
+            gaps.append(gap.nan_to_num(1).min().item())
+        return recover(target, layout, projection, group, *rest, **take)
+
+    monkeypatch.setattr(step, "_recover_busy", measured)
+    for stage in STAGES:
+        monkeypatch.setattr(fused, stage, noting(getattr(fused, stage), stage, taken))
+    generator = torch.Generator().manual_seed(data)
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter((torch.randn(shape, generator=generator) * 0.1).to(device, dtype))
+    optimizer = SGC(layer.parameters(), **{**OPTIONS, **changed})
+    if attach:
+        optimizer.attach(layer)
+    weights = []
+    for turn in range(count):
+        g = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).exp()
+        if seen:
+            g[[row for row in range(len(g)) if row % STEPS != turn]] = 0
+        (layer.weight * g.to(device, dtype)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        weights.append(layer.weight.detach().clone())
+    monkeypatch.undo()
+    return weights, optimizer.state[layer.weight], taken, min(gaps)
+
+
+def noting(stage, name, taken):
+    def noted(*args, **kwargs):
+        made = stage(*args, **kwargs)
+        if made is not None and made is not False:
+            taken.add(name)
+        return made
+
+    return noted
+
+
+def check(shape, device, monkeypatch, expected, dtype=torch.float32, **changed):
+    """Compare on the first data on which nothing all but ties."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "SGC: ")  # stages that have no kernel for it
+        for data in range(20):
+            by_torch, state, none, gap = steps("torch", shape, dtype, device, monkeypatch, data, **changed)
+            if gap > MARGIN:
+                break
+        by_kernels, same, taken, _ = steps("triton", shape, dtype, device, monkeypatch, data, **changed)
+    assert gap > MARGIN, "no data with clear choices"
+    assert not none
+    assert taken == set(expected.split())
+    unit = TWIN if dtype is torch.float32 else EPS_BF16
+    for want, got in zip(by_torch, by_kernels, strict=True):
+        assert (got - want).abs().max() <= unit * want.abs().max()
+    assert (got == want).float().mean() > (0.1 if dtype is torch.float32 else 0.9)
+    for name, want in state.items():
+        assert (same[name] - want).abs().max() <= TWIN * want.abs().max(), name
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("rule", ["residual", "whitened"])
+def test_kernels_make_the_steps_of_torch_where_the_gradient_is_whitened(rule, shape, device, monkeypatch):
+    check(shape, device, monkeypatch, "square_sums encode_into decode apply", moments=rule)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("rule", ["subspace", "sketched"])
+def test_kernels_make_the_steps_of_torch_where_it_is_not(rule, shape, device, monkeypatch):
+    check(shape, device, monkeypatch, "encode decode apply", moments=rule)
+
+
+def test_kernels_make_the_steps_of_torch_on_bf16(device, monkeypatch):
+    check((12, 96), device, monkeypatch, "square_sums encode_into decode apply", dtype=torch.bfloat16)
+
+
+def test_kernels_make_the_steps_of_torch_where_rows_have_no_gradient(device, monkeypatch):
+    """With a larger eps than elsewhere: a row that is seen for the first time is large, and would be clipped."""
+    check((12, 96), device, monkeypatch, "square_sums encode_into decode apply", seen=True, eps=1.0)
+
+
+def test_kernels_make_the_steps_of_torch_without_weight_decay(device, monkeypatch):
+    check((12, 96), device, monkeypatch, "square_sums encode_into decode apply", weight_decay=0.0)
+
+
+def test_kernels_make_the_steps_of_torch_on_sketches_in_bf16(device, monkeypatch):
+    """Both round with the same random numbers, but a last bit may decide which way: so one step."""
+    expected = "square_sums encode_into decode apply"
+    check((12, 96), device, monkeypatch, expected, count=1, state_dtype=torch.bfloat16)
+
+
+def test_kernels_make_the_steps_of_torch_without_a_sketch(device, monkeypatch):
+    check((12, 96), device, monkeypatch, "square_sums select apply", sketch_size=0)
+
+
+def test_kernels_make_the_steps_of_torch_with_compressed_gradients(device, monkeypatch):
+    expected = "square_sums encode decode apply"
+    check((12, 96), device, monkeypatch, expected, attach=True)
+
+
+def test_recovery_in_several_passes_takes_torch_and_the_rest_its_kernels(device, monkeypatch):
+    check((12, 96), device, monkeypatch, "square_sums encode_into apply", recovery="omp")
+
+
+def test_a_chunk_no_longer_than_its_sketch_takes_torch(device, monkeypatch):
+    check((12, 96), device, monkeypatch, "square_sums apply", sketch_size=48, sparsity=4)
+
+
+def test_says_once_why_a_stage_takes_torch(device, monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    dispatch._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="decode takes the plain torch path.*omp"):
+        steps("triton", (12, 96), torch.float32, device, monkeypatch, recovery="omp")
+    steps("triton", (12, 96), torch.float32, device, monkeypatch, recovery="omp")
