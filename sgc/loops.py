@@ -237,7 +237,7 @@ def recover(
                 for j in range(i):
                     opposite = 0
                     for word in range(len(words)):
-                        opposite += _ones(chosen[i, word] ^ chosen[j, word])
+                        opposite += _ones(np.uint32(chosen[i, word] ^ chosen[j, word]))
                     left[i, j] = left[j, i] = np.float32(sketch_size - 2 * opposite) * unit
                 left[i, i] = np.float32(sketch_size) * unit + ridge
             _eliminate(left, x, size)
