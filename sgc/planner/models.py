@@ -144,7 +144,7 @@ def load_config(model: str | PretrainedConfig) -> PretrainedConfig:
         return transformers.AutoConfig.for_model(**BUILT_IN[name.lower()])
     path = Path(name)
     try:
-        with _quiet():
+        with quiet():
             if path.is_file():
                 return transformers.AutoConfig.from_pretrained(str(path))
             if path.is_dir() and not (path / "config.json").is_file():
@@ -180,8 +180,10 @@ def make_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         kind = transformers.AutoModelForSequenceClassification
     else:
         raise PlanError(f"a plan needs a causal language model or a classifier, got {type(config).__name__}")
-    with _quiet(), no_init_weights():
-        return kind.from_config(config, dtype=dtype)
+    with quiet(), no_init_weights():
+        model: PreTrainedModel = kind.from_config(config, dtype=dtype)
+    model.tie_weights()  # which is otherwise a part of the initialization
+    return model
 
 
 def check_run(config: PretrainedConfig, batch_size: int, sequence_length: int) -> None:
@@ -211,10 +213,10 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Leave it to the one sentence to say what is wrong."""
     logger = logging.getLogger("transformers")
-    before, logger.disabled = logger.level, False
+    before = logger.level
     logger.setLevel(logging.ERROR)
     try:
         yield

@@ -14,6 +14,7 @@ from torch import nn
 from sgc import memory
 from sgc.codec.layout import BLOCK_ENTRIES, make_layout
 from sgc.optimizer import SGC
+from sgc.planner.models import DTYPES, PlanError
 from sgc.planner.trace import Info, Tracker
 
 FP32 = 4
@@ -29,7 +30,7 @@ class Contender:
     state: Callable[[Info], int]  # bytes held for a tensor, whole or a shard
     step: Callable[[Sequence[Info]], int]  # bytes of temporaries, at most, while a step updates these
     shared: Callable[[Sequence[Info]], int] = lambda infos: 0  # bytes held for all tensors together
-    adapter: str | None = None  # "lora" or "qlora"
+    adapter: tuple[str, int] | None = None  # "lora" or "qlora", and its rank
     sgc: dict[str, Any] | None = None  # arguments of SGC
     attach: dict[str, int] | None = None  # arguments of SGC.attach
     sharded: bool = True  # whether it runs on shards and on flat partitions
@@ -40,18 +41,43 @@ class Contender:
         return sum(map(self.state, trained)) + self.shared(trained)
 
 
-def contenders(dtype: torch.dtype, lora_rank: int, galore_rank: int, apollo_rank: int) -> list[Contender]:
-    """List what a plan compares."""
-    rows = [sgc()]
-    rows += [sgc(sketch_size=k) for k in (8, 32, 128)]
-    rows += [attached(m) for m in (8, 32, 64)]
-    rows += [attached(sketch_size=k) for k in (8, 32)]
-    rows += [adamw(torch.float32)]
-    if dtype is not torch.float32:
-        rows += [adamw(dtype)]
-    rows += [ADAMW_8BIT, ADAFACTOR, galore(galore_rank), apollo(apollo_rank)]
-    rows += [adapters("lora", lora_rank), adapters("qlora", lora_rank), SGD]
-    return rows
+def specs(dtype: torch.dtype, lora_rank: int, galore_rank: int, apollo_rank: int) -> list[str]:
+    """List what a plan compares, as `contender` takes it."""
+    found = ["sgc", *(f"sgc(sketch_size={k})" for k in (8, 32, 128))]
+    found += [*(f"attached(sample_every={m})" for m in (8, 32, 64)), *(f"attached(sketch_size={k})" for k in (8, 32))]
+    found += ["adamw_fused"] if dtype is torch.float32 else ["adamw_fused(state=fp32)", "adamw_fused"]
+    found += ["adamw8bit", "adafactor", f"galore(rank={galore_rank})", f"apollo(rank={apollo_rank})"]
+    return [*found, f"lora(rank={lora_rank})", f"qlora(rank={lora_rank})", "sgd"]
+
+
+def contender(spec: str, dtype: torch.dtype) -> Contender:
+    """Make a contender of a spec such as "galore(rank=128)"; weights are of this dtype.
+
+    Raises:
+        PlanError: there is no such optimizer.
+    """
+    name, _, words = spec.rstrip(")").partition("(")
+    pairs = dict(pair.split("=") for pair in words.replace(" ", "").split(",") if "=" in pair)
+    makers: dict[str, Callable[[], Contender]] = {
+        "sgc": lambda: sgc(**_numbers(pairs)),
+        "attached": lambda: attached(**_numbers(pairs)),
+        "adamw_fused": lambda: adamw(DTYPES[pairs["state"]] if "state" in pairs else dtype),
+        "adamw8bit": lambda: ADAMW_8BIT,
+        "adafactor": lambda: ADAFACTOR,
+        "galore": lambda: galore(**_numbers({"rank": "128", **pairs})),
+        "apollo": lambda: apollo(**_numbers({"rank": "256", **pairs})),
+        "lora": lambda: adapters("lora", **_numbers({"rank": "8", **pairs})),
+        "qlora": lambda: adapters("qlora", **_numbers({"rank": "8", **pairs})),
+        "sgd": lambda: SGD,
+    }
+    try:
+        return replace(makers[name](), spec=spec)
+    except (KeyError, ValueError, TypeError) as error:
+        raise PlanError(f"an optimizer must be one of {', '.join(makers)} with whole numbers, got {spec!r}") from error
+
+
+def _numbers(pairs: dict[str, str]) -> dict[str, Any]:
+    return {name: int(value) for name, value in pairs.items()}
 
 
 # ---- SGC -------------------------------------------------------------------------------------------------------------
@@ -151,7 +177,7 @@ def adamw(dtype: torch.dtype) -> Contender:
         return 2 * info.numel * dtype.itemsize + FP32  # and "step"
 
     short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    return Contender(f"adamw_fused({short})", f"AdamW, {short} state", state, lambda infos: 0)
+    return Contender(f"adamw_fused(state={short})", f"AdamW, {short} state", state, lambda infos: 0)
 
 
 def _adamw_8bit_state(info: Info) -> int:
@@ -236,7 +262,7 @@ def adapters(kind: str, rank: int) -> Contender:
     """LoRA or QLoRA: fused AdamW on adapters in fp32."""
     label = {"lora": "LoRA", "qlora": "QLoRA"}[kind]
     plain = adamw(torch.float32)
-    return replace(plain, spec=f"{kind}(rank={rank})", label=f"{label}, rank {rank}", adapter=kind)
+    return replace(plain, spec=f"{kind}(rank={rank})", label=f"{label}, rank {rank}", adapter=(kind, rank))
 
 
 SGD = Contender("sgd", "SGD, no momentum", lambda info: 0, lambda infos: 0)

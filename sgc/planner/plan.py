@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from sgc.planner import adapters, report
 from sgc.planner.models import DTYPES, PlanError, check_run, load_config, make_model, parse_bytes
@@ -18,15 +18,16 @@ from sgc.planner.optimizers import (
     Contender,
     attached,
     compressor_entries,
-    contenders,
+    contender,
     encode_temporaries,
     sgc,
+    specs,
 )
 from sgc.planner.sharding import Devices
 from sgc.planner.trace import Held, Info, Run, Trace, infos, trace
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 SKETCHES = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # of which the largest that fits is sought
 
@@ -123,7 +124,7 @@ def plan(
         lora_rank: of LoRA and QLoRA.
         galore_rank: of GaLore.
         apollo_rank: of APOLLO.
-        optimizers: specs of the rows wanted; default all.
+        optimizers: specs of the rows wanted, as "attached(sample_every=34)" or "galore(rank=64)"; default: a choice.
 
     Raises:
         PlanError: the model is not known, or the step not possible; one sentence that says why. It is a ValueError.
@@ -140,15 +141,11 @@ def plan(
     kept = (0 if budget is None else 10**9) if reserve is None else 0 if reserve in (0, "0") else parse_bytes(reserve)
     devices = Devices(world_size, strategy)
     run = Run(config, DTYPES[dtype], batch_size, sequence_length, gradient_checkpointing, loss == "chunked")
-    planner = _Planner(run, devices, lora_rank)
-    wanted = contenders(run.dtype, lora_rank, galore_rank, apollo_rank)
-    if optimizers is not None:
-        unknown = set(optimizers) - {contender.spec for contender in wanted}
-        if unknown:
-            raise PlanError(f"optimizers must be among {', '.join(c.spec for c in wanted)}, got {sorted(unknown)[0]!r}")
-        wanted = [contender for contender in wanted if contender.spec in optimizers]
+    planner = _Planner(run, devices)
+    named = optimizers if optimizers is not None else specs(run.dtype, lora_rank, galore_rank, apollo_rank)
+    wanted = [contender(spec, run.dtype) for spec in named]
     room = None if budget is None else budget - kept
-    rows = tuple(planner.row(contender, room) for contender in wanted)
+    rows = tuple(planner.row(one, room) for one in wanted)
     return Plan(
         model=model if isinstance(model, str) else type(model).__name__,
         parameters=sum(info.numel for info in planner.params),
@@ -170,38 +167,37 @@ def plan(
 class _Planner:
     """One traced step, and what every optimizer adds to it."""
 
-    def __init__(self, run: Run, devices: Devices, lora_rank: int) -> None:
-        self.run, self.devices, self.lora_rank = run, devices, lora_rank
-        self._traces: dict[str | None, Trace] = {}
+    def __init__(self, run: Run, devices: Devices) -> None:
+        self.run, self.devices = run, devices
+        self._traces: dict[tuple[str, int] | None, Trace] = {}
         with torch.device("meta"):
             self.meta = make_model(run.config, run.dtype)
         self.params = infos(self.meta)
 
-    def row(self, contender: Contender, room: int | None) -> Row:
+    def row(self, one: Contender, room: int | None) -> Row:
         """Plan one optimizer."""
-        if self.devices.shards and not contender.sharded:
+        if self.devices.shards and not one.sharded:
             note = f"not under {self.devices.strategy}"
-            return Row(contender.label, contender.spec, 0, None, None if room is None else False, note=note)
-        traced = self.trace(contender.adapter)
-        state = self.devices.state(contender, traced.params)
-        entries = compressor_entries(self.meta, contender) if contender.attach is not None else {}
-        peak = max(self.moments(contender, traced, state, entries), key=lambda held: held.total)
+            return Row(one.label, one.spec, 0, None, None if room is None else False, note=note)
+        traced = self.trace(one.adapter)
+        state = self.devices.state(one, traced.params)
+        entries = compressor_entries(self.meta, one) if one.attach is not None else {}
+        peak = max(self.moments(one, traced, state, entries), key=lambda held: held.total)
         fits = None if room is None else peak.total <= room
         held = state + FP32 * sum(entries.values())
-        return Row(contender.label, contender.spec, held, peak, fits, estimated=not self.devices.alone)
+        return Row(one.label, one.spec, held, peak, fits, estimated=not self.devices.alone)
 
-    def trace(self, adapter: str | None) -> Trace:
+    def trace(self, adapter: tuple[str, int] | None) -> Trace:
         """Trace forward and backward once for each kind of problem."""
         if adapter not in self._traces:
-            adapts: dict[str | None, Callable[[PreTrainedModel], nn.Module] | None] = {
-                None: None,
-                "lora": lambda model: adapters.lora(model, self.lora_rank),
-                "qlora": lambda model: adapters.qlora(model, self.lora_rank),
-            }
-            self._traces[adapter] = trace(self.run, adapts[adapter])
+            adapt = None
+            if adapter is not None:
+                put = {"lora": adapters.lora, "qlora": adapters.qlora}[adapter[0]]
+                adapt = functools.partial(put, rank=adapter[1])
+            self._traces[adapter] = trace(self.run, adapt)
         return self._traces[adapter]
 
-    def moments(self, contender: Contender, traced: Trace, state: int, entries: Mapping[str, int]) -> Iterator[Held]:
+    def moments(self, one: Contender, traced: Trace, state: int, entries: Mapping[str, int]) -> Iterator[Held]:
         """Yield what is held at every moment of backward in which it may be most, and in the step."""
         share, weights, more = self.devices.around(traced.params)
         buffers = traced.moments[0].weights - sum(info.bytes for info in traced.params)
@@ -212,10 +208,10 @@ class _Planner:
             found = Held(weights, round(share * held.gradients), state, held.activations, held.temporaries)
             return found.plus(**more._replace(temporaries=0)._asdict()) if any(more) else found
 
-        for held in _compressed(traced, entries) if contender.attach is not None else traced.moments:
+        for held in _compressed(traced, entries) if one.attach is not None else traced.moments:
             yield on_device(held)
         left = sum(info.bytes for info in trained if info.name not in entries) + FP32 * sum(entries.values())
-        step = contender.step(self.devices.updated(trained))
+        step = one.step(self.devices.updated(trained))
         yield on_device(Held(gradients=left, temporaries=step + more.temporaries))
 
     def largest(self, make: Callable[[int], Contender], room: int | None) -> int | None:

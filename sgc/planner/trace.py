@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgc.compressed_grad import CompressedGradient
-from sgc.planner.models import PlanError, make_model
+from sgc.planner.models import PlanError, make_model, quiet
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -81,6 +81,8 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run an operation, and see what it has made."""
         made = func(*args, **(kwargs or {}))
+        if func.namespace == "prim":  # fake tensors are asked for their device again and again
+            return made
         kind = "activations" if torch.is_grad_enabled() else "temporaries"
         for tensor in made if isinstance(made, (tuple, list)) else (made,):
             if not isinstance(tensor, Tensor) or isinstance(tensor, CompressedGradient):  # which says a size, and holds
@@ -96,8 +98,9 @@ class Tracker(TorchDispatchMode):
             self.mark(tensor, "weights")
 
         def arrived(param: Tensor) -> None:
-            if param.grad is not None and not isinstance(param.grad, CompressedGradient):
-                self.mark(param.grad, "gradients")
+            held = param.grad
+            if held is not None:
+                self.mark(held.buffer.flat if isinstance(held, CompressedGradient) else held, "gradients")
                 self.note()
 
         trained = [param for param in module.parameters() if param.requires_grad]
@@ -174,8 +177,22 @@ def fake() -> Iterator[None]:
     """Make tensors without memory."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode():
+    with FakeTensorMode(), _no_packed_rows():
         yield
+
+
+@contextlib.contextmanager
+def _no_packed_rows() -> Iterator[None]:
+    """Say that a row is one sequence: transformers can't see it in fake positions, and would mask all pairs."""
+    from transformers import masking_utils
+
+    before = getattr(masking_utils, "find_packed_sequence_indices", None)
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        if before is not None:
+            masking_utils.find_packed_sequence_indices = before
 
 
 def trace(run: Run, adapt: Callable[[PreTrainedModel], nn.Module] | None = None) -> Trace:
@@ -203,7 +220,7 @@ def trace(run: Run, adapt: Callable[[PreTrainedModel], nn.Module] | None = None)
         trained = [param for param in model.parameters() if param.requires_grad]
         handles += [param.register_post_accumulate_grad_hook(arrived) for param in trained]
         tracker.mark(batch, "activations")
-        with tracker:
+        with quiet(), tracker:
             loss = loss_of(model, batch, chunked=run.chunked_loss)
             loss.backward()
             del loss
