@@ -388,3 +388,47 @@ def test_a_key_that_is_no_rotation_or_no_number_is_refused(pair, tmp_path) -> No
     (tmp_path / "k").write_bytes(save(tensors, {"sgc_market": json.dumps(header | {"normalize": 1})}))
     with pytest.raises(ValueError, match="'normalize' must be true or false, got 1"):
         q.BuyerKey.load(tmp_path / "k")
+
+
+def test_as_few_rows_as_are_allowed_make_a_query() -> None:
+    assert q.make_query(rows(40, 0), ENCODER)[1].moments.rows == 40
+    query = q.make_query(rows(100, 0), ENCODER, directions=6, decoys=4)[0]
+    assert q.answer(query, [rows(44, 0)], ENCODER, "s").moments.rows == 44
+
+
+def test_the_identifier_is_of_directions_and_encoder(pair) -> None:
+    directions = pair[0].directions
+    others = [replace(ENCODER, digest="1" * 64), replace(ENCODER, name="other"), replace(ENCODER, normalize=True)]
+    found = {q.BuyerQuery(directions, encoder).identifier for encoder in (ENCODER, *others)}
+    assert len(found | {q.BuyerQuery(directions.flip(1).contiguous(), ENCODER).identifier}) == 5
+
+
+@pytest.mark.parametrize("factor", [1.001, 0.999])
+def test_a_basis_a_thousandth_too_long_or_short_is_refused(pair, factor: float) -> None:
+    with pytest.raises(ValueError, match="must be orthonormal, got columns off by 0.00"):
+        q.BuyerQuery(pair[0].directions * factor, ENCODER)
+
+
+def test_noise_that_a_seller_states_reaches_the_buyer(pair) -> None:
+    response = response_of(pair)
+    noisy = replace(response, moments=replace(response.moments, mean_noise=0.1, second_noise=0.2))
+    seller = pair[1].seller(noisy)
+    assert (seller.mean_noise, seller.second_noise) == (0.1, 0.2)
+
+
+def test_the_buyers_own_standard_errors_are_measured_direction_by_direction() -> None:
+    x = rows(300, 0)
+    x[:, 0] = x[:, 0].sign() * 3  # two points far apart: a large variance that is known well
+    query, key = q.make_query(x, ENCODER, directions=4, decoys=3)
+    true = (query.directions.double() @ key.rotation).float()
+    torch.testing.assert_close(key.moments.variance_se, moments_along(x, true).variance_se, rtol=1e-3, atol=1e-6)
+    relative = key.moments.variance_se / key.moments.variance
+    assert relative[1] < 0.1 * relative[2]
+
+
+def test_the_rotation_favours_no_sign_and_no_axis() -> None:
+    found = torch.stack([q._random_rotation(4, torch.Generator().manual_seed(seed)) for seed in range(600)])
+    # an entry has mean 0 and variance 1/4; five standard deviations of a mean of 600
+    assert float(found.mean(0).abs().max()) < 5 * 0.5 / math.sqrt(600)
+    assert float((found.square().mean(0) - 0.25).abs().max()) < 5 * 0.25 / math.sqrt(600)
+    torch.testing.assert_close(found.mT @ found, torch.eye(4).double().expand(600, 4, 4))

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -402,3 +403,94 @@ def test_a_shift_costs_what_it_costs_in_the_overlap_of_two_normal_densities() ->
     coefficient = float(torch.trapezoid((sum(densities) / 2).exp(), x))
     spread = math.sqrt(2 * math.sqrt(p * q) / (p + q))  # the part of the coefficient that no shift causes
     assert got == pytest.approx(q / p * coefficient / spread, rel=1e-6)
+
+
+def by_hand(b: score.Moments, s: score.Moments) -> dict[str, float]:
+    """Every measure as docs/market.md writes it, in plain loops."""
+    energies = (b.energy, s.energy)
+    variance = [
+        [float(m.covariance[i, i]) / e for i in range(len(m.mean))] for m, e in zip((b, s), energies, strict=True)
+    ]
+    mean = [[float(x) / math.sqrt(e) for x in m.mean] for m, e in zip((b, s), energies, strict=True)]
+    size = [[v + a * a for v, a in zip(vs, ms, strict=True)] for vs, ms in zip(variance, mean, strict=True)]
+    rest = [1 - sum(x) for x in size]
+    kept = [i for i, x in enumerate(size[0]) if x >= 0.01 * max(variance[0])]
+    overlap, weight = [], []
+    for i in kept:
+        p, q, shift = variance[0][i], variance[1][i], mean[0][i] - mean[1][i]
+        overlap.append(min(p, q) / max(p, q) * math.exp(-(shift**2) / (4 * (p + q))))
+        weight.append(p / sum(variance[0][j] for j in kept))
+    overlap.append(min(rest) / max(rest))
+    weight.append(1 / len(kept))
+    weight = [w / sum(weight) for w in weight]
+    held = [0.05 + 0.9 * r for r in overlap]
+    spectra = [[math.sqrt(x[i]) for i in kept] + [math.sqrt(r)] for x, r in zip(size, rest, strict=True)]
+
+    def cosine(x: list[float], y: list[float]) -> float:
+        return sum(a * b for a, b in zip(x, y, strict=True)) / math.hypot(*x) / math.hypot(*y)
+
+    centred = [[x - sum(spectrum) / len(spectrum) for x in spectrum] for spectrum in spectra]
+    cov_b, cov_s = (m.covariance[kept][:, kept].numpy() / e for m, e in zip((b, s), energies, strict=True))
+    relative = np.linalg.eigvals(np.linalg.solve(cov_b, cov_s)).real
+    second = np.linalg.eigvalsh(s.second.numpy())
+    second = second / second.sum()
+    return {
+        "relevance": math.prod(r**w for r, w in zip(held, weight, strict=True)),
+        "diversity": math.prod((1 - r) ** w for r, w in zip(held, weight, strict=True)),
+        "volume": float(np.log(relative.clip(0.05, 1)).mean()),
+        "dispersion": math.prod(
+            math.sqrt(min(max(variance[1][i] / variance[0][i], 0.05), 1)) ** (1 / len(kept)) for i in kept
+        ),
+        "l2": -math.dist(*spectra),
+        "cosine": cosine(*spectra),
+        "correlation": cosine(*centred),
+        "vendi": math.exp(-sum(x * math.log(x) for x in second if x > 0)),
+    }
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_measure_is_its_equation(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.tensor([1.0, 0.5, 0.2, 0.1, 0.02, 0.01, *[0.3] * 18])
+    shift = torch.zeros(24)
+    shift[0], shift[5], shift[20] = (
+        0.7,
+        6.0,
+        0.2,
+    )  # a mean that is large where little varies, and all that is kept there
+    turn = torch.linalg.qr(torch.randn(24, 24, generator=generator)).Q
+    v = (torch.eye(24)[:, :6] + 0.02 * turn[:, :6]).double()
+    v = torch.linalg.qr(v).Q.float()
+    # the seller varies more along some directions and hardly along others
+    factor = torch.ones(24)
+    factor[:6] = torch.tensor([0.6, 2.0, 0.01, 1.5, 1.0, 1.0])
+    b = moments_along(torch.randn(200, 24, generator=generator) * spread + shift, v)
+    s = moments_along(torch.randn(300, 24, generator=generator) * spread * factor + 0.8 * shift, v)
+    own = shares(b)
+    kept = score.kept_directions(own)
+    assert 0 < int(kept.sum()) < 6
+    weight = score.weights(own, kept)
+    expected = by_hand(b, s)
+    assert set(expected) == set(score.MEASURES)
+    for name, measure in score.MEASURES.items():
+        assert float(measure(score.side(b), score.side(s), kept, weight)) == pytest.approx(expected[name], rel=1e-6), (
+            name
+        )
+        assert score.score(b, s, name, draws=0).value == pytest.approx(expected[name], rel=1e-6)
+
+
+def test_a_covariance_is_inverted_down_to_a_millionth_of_its_largest_variance() -> None:
+    covariance = torch.diag(torch.tensor([4.0, 4e-4, 0.0, -1e-3], dtype=torch.float64))
+    expected = torch.diag(torch.tensor([0.5, 50.0, 500.0, 500.0], dtype=torch.float64))
+    torch.testing.assert_close(score.inverse_root(covariance), expected)
+
+
+def test_noise_of_pooled_sellers_adds_up_in_squares() -> None:
+    v = torch.eye(24)[:, :3]
+    parts = [
+        score.replace(moments_along(rows(n, n), v), mean_noise=0.3, second_noise=0.4, energy_se=0.5) for n in (30, 90)
+    ]
+    pooled = score.pool(parts)
+    share = math.hypot(0.25, 0.75)
+    got = (pooled.mean_noise, pooled.second_noise, pooled.energy_se)
+    assert got == pytest.approx((0.3 * share, 0.4 * share, 0.5 * share))
