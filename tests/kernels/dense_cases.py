@@ -1,18 +1,20 @@
 """Compile versions of the default path's kernels for an H100, and print how each touches memory, a JSON line a kernel.
 
-    TRITON_INTERPRET=0 python -m tests.kernels.dense_cases
+TRITON_INTERPRET=0 python -m tests.kernels.dense_cases
 """
 
 import json
 import re
 
 import torch
+import triton
+from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from sgc.codec.layout import make_layout
 from sgc.kernels import dense
 from sgc.kernels.batch import Batch, Entry
-from tests.kernels import compiled
+from tests.kernels.compiled import HOPPER, signature_of
 
 
 def entry(shape, gradients, weights, stochastic):
@@ -44,15 +46,24 @@ def step(shape, *kind):
     Batch(torch.device("cpu")).update([entry(shape, *kind)])
 
 
-def main():
-    JITFunction.run = compiled.compile_instead
-    for case, launch in launches():
-        compiled.made_of.clear()
-        launch()
-        for name, made in compiled.made_of:
-            accesses = re.findall(r"((?:ld|st)\.global\S*)", made.asm["ptx"])
-            print(json.dumps({"case": case, "kernel": name, "accesses": sorted(set(accesses))}))
+def compile_instead(kernel, *args, grid, warmup, **kwargs):
+    """Stand in for `JITFunction.run`."""
+    names = [parameter.name for parameter in kernel.params]
+    arguments = dict(zip(names, args, strict=False)) | {name: kwargs.pop(name) for name in names if name in kwargs}
+    signature, constants, attributes = signature_of(kernel, arguments)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    made = triton.compile(source, target=HOPPER, options=kwargs)
+    assert made.asm["cubin"]
+    compiled.append((kernel.__name__, made.asm["ptx"]))
 
+
+compiled = []
 
 if __name__ == "__main__":
-    main()
+    JITFunction.run = compile_instead
+    for case, launch in launches():
+        compiled.clear()
+        launch()
+        for name, ptx in compiled:
+            accesses = re.findall(r"((?:ld|st)\.global\S*)", ptx)
+            print(json.dumps({"case": case, "kernel": name, "accesses": sorted(set(accesses))}))
