@@ -23,6 +23,7 @@ from sgc import dispatch
 PART_ENTRIES = 1 << 18  # rows or chunks of so many entries are one task, whatever the number of threads
 BLOCK_ENTRIES = 1 << 22  # entries of a 16-bit gradient that are turned to fp32 at a time
 MOST_INSERTED = 128  # beyond so many entries of a chunk, insertion takes longer than torch's partition
+_FP32 = torch.float32  # whatever torch's default dtype
 _pools: dict[int, ThreadPoolExecutor] = {}
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pools.clear)  # a child has none of its parent's threads
@@ -66,7 +67,7 @@ def square_sums(grid: Tensor) -> tuple[Tensor, Tensor]:
     rows, cols = grid.shape
     step = max(1, 4 * PART_ENTRIES // max(1, cols))  # as many sums over columns are held
     parts = math.ceil(rows / step)
-    row, col = torch.empty(rows), torch.zeros(parts, cols)
+    row, col = torch.empty(rows, dtype=_FP32), torch.zeros(parts, cols, dtype=_FP32)
     loops, array = _loops(), _array(grid)
     row_array, col_array = _array(row), _array(col)
 
@@ -111,8 +112,8 @@ def select(
     """
     chunk, pieces, rows_per_chunk = shape
     chunks = math.ceil(grid.shape[0] / rows_per_chunk) * pieces
-    index, value = torch.empty(chunks, sparsity, dtype=torch.int64), torch.empty(chunks, sparsity)
-    whitening = [torch.empty(0)] * 2 if a is None or b is None else [a, b]
+    index, value = torch.empty(chunks, sparsity, dtype=torch.int64), torch.empty(chunks, sparsity, dtype=_FP32)
+    whitening = [torch.empty(0, dtype=_FP32)] * 2 if a is None or b is None else [a, b]
     scalars = _floats(eps, math.inf if a is None else clip)
     arrays = (
         *map(_array, (grid, *whitening)),

@@ -388,6 +388,10 @@ def apply_sampled(
         decay: learning rate times weight decay.
         generator: for stochastic rounding, or None.
     """
+    if every == 1:
+        grid = layout.grid(value[: layout.numel])
+        apply_whitened(weight, grid, layout, whitening, eps, lr, decay, generator)
+        return
     flat, exact = weight.view(-1), torch.promote_types(weight.dtype, torch.float32)
     for rows, _ in layout.blocks():
         start, stop = rows.start * layout.cols, min(rows.stop * layout.cols, layout.numel)

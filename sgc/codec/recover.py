@@ -66,9 +66,9 @@ def _compiled_threshold(
     columns = projection.columns(n, sketch.device)
     words = sign_words(torch.arange(n), projection.sketch_size, projection.seed).to(torch.int32).T
     index = torch.empty(sketch.shape[0], sparsity, dtype=torch.int64)
-    value = torch.empty(sketch.shape[0], sparsity)
+    value = sketch.new_empty(sketch.shape[0], sparsity)
     step = max(1, _BLOCK // n)
-    correlation = torch.empty(min(step, sketch.shape[0]), n)
+    correlation = sketch.new_empty(min(step, sketch.shape[0]), n)
     for start in range(0, sketch.shape[0], step):
         part = slice(start, start + step)
         length = None if lengths is None else lengths[part]
