@@ -4,7 +4,8 @@ python benchmarks/bench_rounds.py --data ../shared/data/mnist                 # 
 
 One run on one machine. Everything before the first timed round is left out: Flower's start-up and its first two rounds,
 two rounds of each of ours. The loop and the simulator are timed in turns before and after Flower; each row has every
-round's seconds. Flower runs its own FedAvg with a client that trains as the plain loop does, one core to a client.
+round's seconds. Flower runs its own FedAvg with a client that trains as the plain loop does, one core to a client, on
+all cores. The loop has one thread. The simulator has one for the softmax model, and all cores for the CNN.
 """
 
 from __future__ import annotations
@@ -28,23 +29,30 @@ import torch
 import federated_mnist
 from benchmarks import harness
 from federated import partition
-from federated.device import Flat, LocalTraining, draw_batches, updates_in_a_loop
+from federated.device import Batches, Flat, LocalTraining, draw_batches, updates_in_a_loop
 from federated.draws import Draws
 from federated.models import make_model
 from federated.simulate import Simulation
 
 RESULTS = "federated_rounds"
 DEVICES, WARM_UP = 40, 2
+THREADS = {"softmax": 1, "cnn": os.cpu_count() or 1}
 ROUNDS = {"softmax": {"steps": 3, "batch_size": 64}, "cnn": {"steps": 1, "batch_size": 32}}
 SETTINGS = "BENCH_ROUNDS"  # environment variable: folder and model, for Flower's processes
 
 
-def training(model: str, batched: bool | None = None) -> LocalTraining:
+class PlainLoop(LocalTraining):
+    """One device after the other."""
+
+    def updates(self, theta_hat: torch.Tensor, batches: Batches) -> tuple[torch.Tensor, torch.Tensor]:
+        return updates_in_a_loop(self, theta_hat, batches)
+
+
+def training(model: str, kind: type[LocalTraining] = LocalTraining) -> LocalTraining:
     """Make what every device does."""
-    return LocalTraining(
+    return kind(
         model=make_model(model, image_size=28, num_channels=1, num_labels=10),
         optimizer=partial(torch.optim.SGD, lr=0.1),
-        batched=batched,
         **ROUNDS[model],
     )
 
@@ -57,10 +65,11 @@ def data_and_parts(folder: str) -> tuple[dict[str, torch.Tensor], list[torch.Ten
     return data.columns_of(test=False), parts
 
 
-def simulate(folder: str, model: str, batched: bool | None, rounds: int) -> list[float]:
+def simulate(folder: str, model: str, kind: type[LocalTraining], rounds: int) -> list[float]:
     """Time rounds here."""
+    torch.set_num_threads(1 if kind is PlainLoop else THREADS[model])
     data, parts = data_and_parts(folder)
-    sim = Simulation(training(model, batched), data, parts)
+    sim = Simulation(training(model, kind), data, parts)
     return [sim.step()["seconds"] for _ in range(WARM_UP + rounds)][WARM_UP:]
 
 
@@ -71,7 +80,7 @@ def simulate(folder: str, model: str, batched: bool | None, rounds: int) -> list
 def own_training(model: str) -> LocalTraining:
     """Make the model once a process."""
     torch.set_num_threads(1)
-    return training(model, batched=False)
+    return training(model, PlainLoop)
 
 
 def train_on_flower(message: Any, context: Any) -> Any:
@@ -130,19 +139,19 @@ def main() -> None:
     parser.add_argument("--model", choices=ROUNDS, action="append")
     parser.add_argument("--rounds", type=int, default=10, help="timed rounds of Flower")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     folder = str(Path(args.data).resolve())
     for model in args.model or list(ROUNDS):
         seconds: dict[str, list[float]] = {"simulator": [], "loop": []}
         for turn in range(4):
             if turn == 2:
                 seconds["flower"] = flower(folder, model, args.rounds)
-            for name, batched in (("simulator", None), ("loop", False)):
-                seconds[name] += simulate(folder, model, batched, args.rounds)
+            for name, kind in (("simulator", LocalTraining), ("loop", PlainLoop)):
+                seconds[name] += simulate(folder, model, kind, args.rounds)
         medians = {name: statistics.median(each) for name, each in seconds.items()}
         row = {
             "model": model,
             "devices": DEVICES,
+            "simulator_threads": THREADS[model],
             **ROUNDS[model],
             "rounds_per_second": {name: round(1 / each, 3) for name, each in medians.items()},
             "over_flower": round(medians["flower"] / medians["simulator"], 2),
