@@ -129,6 +129,14 @@ def test_the_inside_of_a_quantized_tensor_is_counted_not_its_appearance():
     )  # codes, scales, the map; in fp32 it looks four times as large
 
 
+def test_two_views_of_one_memory_are_counted_once():
+    param = torch.nn.Parameter(torch.zeros(8))
+    optimizer = torch.optim.SGD([param], lr=1.0)
+    both = torch.zeros(2, 8)
+    optimizer.state[param] |= {"exp_avg": both[0], "exp_avg_sq": both[1]}
+    assert state_bytes(optimizer) == both.nbytes
+
+
 def test_low_rank_is_for_attention_and_mlp_alone():
     network = model()
     found = {id(param) for param in lowrank_matrices(network)}

@@ -103,6 +103,12 @@ def test_a_cell_that_another_process_is_running_is_left_to_it(results):
     assert len(cells_run()) == len(set(cells_run())) == 8
 
 
+def test_what_another_process_has_finished_meanwhile_is_not_run_again(results):
+    cells = quality.missing(SUITE)
+    quality.run_cells([*cells, *cells])  # the second half was listed before the first was done
+    assert len(cells_run()) == len(cells) == len(set(cells_run()))
+
+
 def test_a_row_says_what_was_held_and_how_long_it_took(results):
     quality.run_cells([quality.Cell(*SETTING[:3], "sgc(min_size=0, sketch_size=8)", 1e-2, 0)])
     (row,) = harness.rows("quality")
