@@ -423,7 +423,7 @@ def test_the_buyers_own_standard_errors_are_measured_direction_by_direction() ->
     true = (query.directions.double() @ key.rotation).float()
     torch.testing.assert_close(key.moments.variance_se, moments_along(x, true).variance_se, rtol=1e-3, atol=1e-6)
     relative = key.moments.variance_se / key.moments.variance
-    assert relative[1] < 0.1 * relative[2]
+    assert relative[1] < 0.5 * relative[2:5].min()
 
 
 def test_the_rotation_favours_no_sign_and_no_axis() -> None:
