@@ -1,6 +1,7 @@
 """The accounting is right, the sensitivity holds whatever the rows are, and the noise is as large as its formula."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,3 +208,14 @@ def test_the_sensitivity_holds_for_any_two_rows_along_two_directions(pair) -> No
         m = Moments(2, row[:2], torch.outer(row[:2], row[:2]), float(row.square().sum()), row[:2])
         f.append(released(m, 1.0, False))
     assert float((f[0] - f[1]).norm()) <= p.SENSITIVITY * (1 + 1e-12)
+
+
+def test_the_noise_that_the_docs_promise_is_the_noise_that_is_added() -> None:
+    docs = Path(__file__).resolve().parents[3] / "docs" / "market.md"
+    table = docs.read_text(encoding="utf-8").split("| rows | ε = 1 | ε = 5 |\n")[1].split("\n\n")[0].splitlines()[1:]
+    assert len(table) == 3
+    for line in table:
+        count, *stated = (float(cell.replace(",", "")) for cell in line.strip("|").split("|"))
+        for epsilon, noise in zip((1, 5), stated, strict=True):
+            exact = p.noise_scales(int(count), 1.0, p.gaussian_ratio(epsilon, 1e-6))[1]
+            assert noise == pytest.approx(exact, rel=0.03)
