@@ -87,7 +87,7 @@ def _missing(kind: str, index: int) -> str | None:
     if not _has_triton():
         return 'Triton is not installed: pip install "sgc[triton]"'
     if interpreted():
-        return None
+        return None if kind == "cpu" else f"TRITON_INTERPRET=1 runs them on a CPU, and the tensors are on {kind}"
     if kind != "cuda":
         return f"on {kind} they run in Triton's interpreter only, which TRITON_INTERPRET=1 switches on"
     if torch.version.hip is not None:
