@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,7 @@ def main() -> None:
             "rounds_per_second": {name: round(1 / each, 3) for name, each in medians.items()},
             "over_flower": round(medians["flower"] / medians["simulator"], 2),
             "over_loop": round(medians["loop"] / medians["simulator"], 2),
+            "engine": {name: version(name) for name in ("flwr", "ray")},
             "load": os.getloadavg(),
             "seconds": {name: [round(each, 4) for each in every] for name, every in seconds.items()},
         }

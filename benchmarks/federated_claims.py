@@ -74,9 +74,13 @@ def selection() -> None:
             lines.append([f"{split}, {snr:.0f} dB", *map(mean, found.values()), str(best), *ends])
     table(["", *(f"J = {j}" for j in numbers), "best J", "best − J = 1", "best − J = 40"], lines)
     for split in ("biased", "iid"):
-        for snr in (0.0, 10.0, 20.0):
-            five, ten = (runs("selection", split=split, snr_db=snr, participants=j) for j in (5, 10))
-            print(f"{split}, {snr:.0f} dB, J = 10 − J = 5:", interval(between(ten, five)))
+        for more in (10, 20, 40):
+            gains = []
+            for snr in (0.0, 10.0, 20.0):
+                few, many = (runs("selection", split=split, snr_db=snr, participants=j) for j in (5, more))
+                gains.append(between(many, few))
+            change = interval(map(_minus, gains[2], gains[0]))
+            print(f"{split}, J = {more} − J = 5 at 0, 10, 20 dB:", *map(interval, gains), "; 20 dB − 0 dB:", change)
     print()
 
 
