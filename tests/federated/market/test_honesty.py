@@ -72,7 +72,8 @@ def test_answers_that_change_from_query_to_query_are_exposed() -> None:
     moments = replace(honest[1].moments, second=honest[1].moments.second + noise @ noise.T)
     perturbed = replace(honest[1], moments=moments)  # by three parts in ten thousand of the energy
     assert not h.audit_pair((one[1], honest[0]), (two[1], honest[1])).suspicious
-    for second in (other, fewer, perturbed):
+    more = replace(honest[1], moments=replace(honest[1].moments, rows=4000))  # the same moments, of rows it hasn't got
+    for second in (other, fewer, perturbed, more):
         assert h.audit_pair((one[1], honest[0]), (two[1], second)).suspicious
     foreign = ask(3, buyer=9)
     response = answer(foreign[0], [rows(400, 5)], ENCODER, "s")
@@ -170,3 +171,32 @@ def test_a_liar_that_states_noise_it_has_no_budget_for_is_exposed() -> None:
     small = private_answer(raw, [rows(500, 5) / 10], ENCODER, "s", epsilon=5, delta=1e-6, clip=0.1)
     much = replace(small.moments, energy=small.moments.energy * 1000)
     assert "possible" in suspicious(raw_key, replace(small, moments=much))
+
+
+def answer_of(key: BuyerKey, query: BuyerQuery, second: torch.Tensor, mean: torch.Tensor, n: int) -> SellerResponse:
+    """An answer that has these moments along [mean direction, eigenvectors, decoys], known without error."""
+    moments = Moments(n, mean, second, key.moments.energy, torch.zeros(len(mean)).double())
+    return SellerResponse(query.identifier, "s", moments.turned(key.rotation.T))
+
+
+def test_the_p_value_of_decoys_is_of_their_share_of_what_lies_outside_the_directions() -> None:
+    query, key = ask()
+    energy = key.moments.energy
+    for factor in (1.0, 2.5):
+        second = torch.eye(15).double() * energy / D
+        second[7:, 7:] *= factor  # 41 dimensions of 48 lie outside the seven directions
+        found = h.audit(key, answer_of(key, query, second, torch.zeros(15).double(), 100))[1]
+        assert found.p_value == pytest.approx(h.chi_square_tail(8 * factor, 8), rel=1e-4)
+
+
+def test_the_p_value_of_a_copy_is_of_the_differences_in_their_errors() -> None:
+    query, key = ask()
+    buyer = key.moments
+    for errors in (0.1, 1.0):
+        mean = buyer.mean.clone()
+        mean[:7] += errors * (buyer.variance / buyer.rows).sqrt()[:7]
+        variance = buyer.variance.clone()
+        variance[:7] += errors * buyer.variance_se[:7]
+        response = answer_of(key, query, torch.diag(variance) + torch.outer(mean, mean), mean, 10**9)
+        expected = 1 - h.chi_square_tail(14 * errors**2, 14)
+        assert h.audit(key, response)[2].p_value == pytest.approx(expected, rel=1e-3)

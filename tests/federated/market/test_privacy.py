@@ -219,3 +219,11 @@ def test_the_noise_that_the_docs_promise_is_the_noise_that_is_added() -> None:
         for epsilon, noise in zip((1, 5), stated, strict=True):
             exact = p.noise_scales(int(count), 1.0, p.gaussian_ratio(epsilon, 1e-6))[1]
             assert noise == pytest.approx(exact, rel=0.03)
+
+
+def test_stated_errors_of_a_noisy_answer_are_those_of_normal_rows() -> None:
+    m = moments_along(rows(400, 1), torch.eye(24)[:, :4])
+    noisy = p.add_noise(m, 1.0, 2.0, known_energy=True, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(noisy.variance_se, noisy.variance * math.sqrt(2 / 400))
+    assert noisy.energy_se == 0
+    assert p.add_noise(m, 1.0, 2.0, known_energy=False).energy_se == noisy.second_noise

@@ -223,3 +223,19 @@ def test_a_budget_that_is_just_the_price_buys_in_spite_of_rounding() -> None:
     found = r.portfolio(buyer, {"a": seller}, budget=0.3, prices={"a": 0.1 + 0.2})
     assert found.sellers == ("a",)
     assert found.value == found.at_most
+
+
+def test_cheap_sellers_that_are_more_together_are_bought_in_place_of_one_that_is_dear() -> None:
+    def along_two(first: int, seed: int) -> Moments:
+        spread = torch.full((D,), 0.1)
+        spread[first : first + 2] = 1
+        return along(rows(2000, seed, spread))
+
+    buyer = along(rows(2000, 0, torch.ones(D)))
+    sellers = {"dear": half(True, 1), "a": along_two(0, 2), "b": along_two(2, 3), "c": along_two(4, 4)}
+    prices = {"dear": 3.0, "a": 1.0, "b": 1.0, "c": 1.0}
+    alone = {name: r.portfolio(buyer, {name: s}, budget=3, prices=prices).value for name, s in sellers.items()}
+    assert max(alone, key=alone.get) == "dear"  # by gain alone it would be bought, and nothing else
+    assert set(r.portfolio(buyer, sellers, budget=3, prices=prices).sellers) == {"a", "b", "c"}
+    # and one that is dear and worth it is not passed over for a cheap one that leaves no money for it
+    assert r.portfolio(buyer, sellers, budget=3, prices=prices | {"b": 2.5, "c": 2.5}).sellers == ("dear",)
