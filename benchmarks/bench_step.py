@@ -164,9 +164,8 @@ def measure(load: str, device: torch.device, specs: list[str], repeats: int, sec
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print rows as a table."""
-    print(
-        f"{'optimizer':52} {'path':7} {'p50 ms':>9} {'× loop':>7} {'× fused':>7} {'first ms':>9} {'state MB':>9} {'peak MB':>8}"
-    )
+    columns = ("p50 ms", "× loop", "× fused", "first ms", "state MB", "peak MB")
+    print(f"{'optimizer':52} {'path':7} " + " ".join(f"{column:>9}" for column in columns))
     for row in rows:
         if "ms" not in row:
             print(f"{row['optimizer']:52} {row.get('not_installed') or row['failed']}")
@@ -174,8 +173,8 @@ def show(rows: list[dict[str, Any]]) -> None:
         cpu = row["device"] == "cpu"
         loop, fused = (row.get(f"over_adamw_{kind}" + "_cpu" * cpu, float("nan")) for kind in ("loop", "fused"))
         print(
-            f"{row['optimizer']:52} {row.get('path', ''):7} {row['ms']['cpu_p50' if cpu else 'p50']:9.2f} {loop:7.2f} "
-            f"{fused:7.2f} {row['first_ms']:9.0f} {row['state_bytes'] / 1e6:9.2f} {row['peak_temporary'] / 1e6:8.2f}"
+            f"{row['optimizer']:52} {row.get('path', ''):7} {row['ms']['cpu_p50' if cpu else 'p50']:9.2f} {loop:9.2f} "
+            f"{fused:9.2f} {row['first_ms']:9.0f} {row['state_bytes'] / 1e6:9.2f} {row['peak_temporary'] / 1e6:9.2f}"
         )
 
 

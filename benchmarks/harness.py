@@ -1,4 +1,4 @@
-"""What every benchmark shares: rows that name their machine, versions and commit, cells that are measured once, clocks."""
+"""What every benchmark shares: rows that name machine, versions and commit, cells measured once, and clocks."""
 
 from __future__ import annotations
 
@@ -225,9 +225,10 @@ def floors(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     b, c = a.clone(), a.clone()
     calls = {"copy": lambda: target.copy_(source), "matrix": lambda: torch.mm(a, b, out=c)}
     found = interleave(calls, device, repeats=10, seconds=5)
+    clock = "cpu_p50" if device.type == "cpu" else "p50"
     return {
-        "copy_bytes_per_s": 2 * source.nbytes / found["copy"]["p20"] * 1e3,
-        "matrix_flops_per_s": 2 * side**3 / found["matrix"]["p20"] * 1e3,
+        "copy_bytes_per_s": 2 * source.nbytes / found["copy"][clock] * 1e3,
+        "matrix_flops_per_s": 2 * side**3 / found["matrix"][clock] * 1e3,
     }
 
 
@@ -248,3 +249,30 @@ def fast_path(device: torch.device) -> str | None:
         else:
             found = dispatch.choose("encode", device).path
     return None if found == "torch" else found
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def panels(count: int, columns: int) -> tuple[Any, list[Any]]:
+    """Give a figure, and its panels in reading order."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = -(-count // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 3.4 * lines), squeeze=False)
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, list(axes.flat[:count])
+
+
+def save_figure(figure: Any, output: Path) -> None:
+    """Write a figure."""
+    figure.tight_layout()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=150)

@@ -1,0 +1,75 @@
+"""How near is the projection to its floor? A·x of sparse chunks alone, and the whole encoding, over n, k and s.
+
+    python benchmarks/bench_project.py
+
+"project" is y = A[:, index]·value; "encode" whitens, selects and projects a gradient. Each on each path there is, in
+turns with the plain way: gather the columns, multiply, sum. Floors are bytes over the bandwidth of a copy and
+operations over the rate of a matrix product, whichever is more, both measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+from benchmarks import harness
+from benchmarks.bench_sparsify import ENTRIES, on, paths, problem, record
+from sgc.codec.project import Projection
+from sgc.step import encode, select
+
+NAME = "project"
+SIZES = ((256, 8, 1), (256, 32, 4), (256, 64, 8), (1024, 32, 4), (1024, 128, 16))
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", help="default: the GPU where there is one")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of one size")
+    parser.add_argument("--smoke", action="store_true", help="small tensors, no rows")
+    arguments = parser.parse_args()
+    device = harness.device_of(arguments.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    entries, seconds = (1 << 18, 1.0) if arguments.smoke else (ENTRIES[device.type], arguments.seconds)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    rates = harness.floors(device, dtype)
+    for n, k, s in SIZES[:2] if arguments.smoke else SIZES:
+        grid, layout, whitening = problem(entries, n, device)
+        projection = Projection(k, 0)
+        group = {"sparsity": s, "eps": 1e-8, "moments": "residual"}
+        index, value = select(grid, layout, whitening, s, 1e-8)
+        columns = projection.columns(n, device)
+        calls: dict[str, Callable[[], Any]] = {}
+        calls["gather torch"] = functools.partial(_gather, columns, index, value)
+        for path in paths(device):
+            if path != "triton":  # there it has no kernel of its own
+                calls[f"project {path}"] = on(path, functools.partial(projection.project, index, value, n))
+            calls[f"encode {path}"] = on(path, functools.partial(encode, grid, layout, whitening, projection, group))
+        found = harness.interleave(calls, device, repeats=15, seconds=seconds)
+        sketch = layout.chunks * k
+        operations = 2 * sketch * s / rates["matrix_flops_per_s"]
+        project = max((layout.chunks * s * 12 + sketch * 4) / rates["copy_bytes_per_s"], operations)
+        whole = max((grid.nbytes + sketch * 4) / rates["copy_bytes_per_s"], operations)
+        floor = {"project": project, "gather": project, "encode": whole}
+        shared = {"n": n, "k": k, "s": s, "entries": grid.numel(), "device": device.type, "dtype": str(dtype)[6:]}
+        record(NAME, found, floor, {**shared, **{key: round(x) for key, x in rates.items()}}, not arguments.smoke)
+
+
+def _gather(columns: torch.Tensor, index: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Project block by block in the plain way."""
+    step = max(1, (1 << 22) // (index.shape[1] * columns.shape[1]))
+    parts = zip(index.split(step), value.split(step), strict=True)
+    return torch.cat([torch.einsum("csk,cs->ck", columns[at], x) for at, x in parts])
+
+
+if __name__ == "__main__":
+    main()
