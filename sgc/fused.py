@@ -125,3 +125,30 @@ def square_sums(grid: Tensor, layout: Layout) -> tuple[Tensor, Tensor] | None:
     if not dispatch.choose("statistics", grid.device, obstacle).fused:
         return None
     return kernel.square_sums(grid, layout)
+
+
+def apply_whitened(
+    weight: Tensor,
+    grid: Tensor,
+    layout: Layout,
+    whitening: Whitening,
+    eps: float,
+    lr: float,
+    decay: float,
+    generator: torch.Generator | None,
+    offset: int,
+) -> bool:
+    """Do as `sgc.step.apply_whitened`; whether it has been done."""
+    if not dispatch.choose("apply", weight.device).fused:
+        return False
+    from sgc.kernels import dense as kernel
+
+    dtypes = [tensor.dtype for tensor in (weight, grid) if tensor.dtype not in kernel.DTYPES]
+    if not dispatch.choose("apply", weight.device, f"its dtype is {dtypes[0]}" if dtypes else None).fused:
+        return False
+    a, b, busy = whitening
+    a = a if busy is None else a * busy
+    seed = None if generator is None else generator.initial_seed()
+    if weight.numel():
+        kernel.apply_whitened(weight, grid.contiguous(), layout, a, b, eps, lr, decay, seed, offset)
+    return True

@@ -350,6 +350,8 @@ def apply_whitened(
     if not offset and weight.numel() == grid.numel() and compiled.usable(weight, grid):
         compiled.apply_whitened(weight, grid, whitening.a, whitening.b, eps, moments.CLIP, lr, decay)
         return
+    if fused.apply_whitened(weight, grid, layout, whitening, eps, lr, decay, generator, offset):
+        return
     flat = weight.view(-1)
     for rows, _ in layout.blocks():
         start, stop = (min(max(edge * layout.cols - offset, 0), flat.numel()) for edge in (rows.start, rows.stop))

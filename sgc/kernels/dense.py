@@ -320,6 +320,40 @@ def move_moments(table, owner, parts, totals, missed, norms, missed_now, tensors
     tl.store(sums, tl.where(is_row & (total == 0), 0.0, root), mask=inside)
 
 
+@triton.jit
+def move_tile(
+    gradient, weight, rows_at, cols_at, rows, cols, first, last, local, moves, keep, lr, eps, seed, decays,
+    DTYPE: tl.constexpr, WEIGHTS: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, FROM_0: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """W ← (1 − decay)·W − lr·clip(g / (aᵢ·bⱼ + ε)) in tile `local` of a grid, whose entries first to last are W's.
+
+    Args: rows_at and cols_at point to a and b; a is 0 in a row without gradient. Without `moves`, W only decays.
+    """
+    cols, first, last = eights(cols, ALIGNED), eights(first, ALIGNED), eights(last, ALIGNED)
+    wide = tl.cdiv(cols, BN)
+    across, down = local % wide, local // wide
+    col = across * BN + tl.arange(0, BN)
+    b = tl.load(cols_at + col, mask=col < tl.where(moves, cols, 0), other=1.0)
+    col_key = mixed(col.to(tl.uint32))
+    for step in range(tl.where(moves | decays, STEPS, 0)):
+        row = (down * STEPS + step) * BM + tl.arange(0, BM)
+        a = tl.load(rows_at + row, mask=row < tl.where(moves, rows, 0), other=0.0)
+        busy = a > 0
+        at = row[:, None] * cols + col[None, :]
+        inside = (col < cols)[None, :] & (at < last)
+        if not FROM_0:
+            inside &= at >= first
+        touched = inside & (a > tl.where(decays, -1.0, 0.0))[:, None]
+        x = read(gradient, at, inside & busy[:, None], DTYPE, ALIGNED)
+        place = at if FROM_0 else at - first
+        w = read(weight, place, touched, WEIGHTS, ALIGNED)
+        u = x / (tl.where(busy, a, 1.0)[:, None] * b[None, :] + eps)
+        u = tl.minimum(tl.maximum(u, -CLIP), CLIP)
+        noise = noise_of(mixed(row.to(tl.uint32) ^ seed)[:, None], col_key[None, :])
+        write(weight, place, w * keep - lr * u, touched, noise, WEIGHTS, ALIGNED, STOCHASTIC)
+
+
 @triton.jit(do_not_specialize=["tensors"])
 def whiten_and_apply(
     table, owner, parts, norms, tensors,
@@ -333,39 +367,20 @@ def whiten_and_apply(
     """
     program = tl.program_id(0)
     number = tl.load(owner + program)
-    rows, cols = word(table, tensors, number, ROWS), eights(word(table, tensors, number, COLS), ALIGNED)
-    numel = eights(word(table, tensors, number, NUMEL), ALIGNED)
+    rows, cols = word(table, tensors, number, ROWS), word(table, tensors, number, COLS)
     local = program - word(table, tensors, number, TILE_AT)
     norm = tl.load(norms + number)
     moves = (norm > 0) & (norm < float("inf"))
     keep = rate(table, tensors, number, KEEP).to(tl.float32)
-    lr = rate(table, tensors, number, LR).to(tl.float32)
-    eps = rate(table, tensors, number, EPS).to(tl.float32)
     decays = (keep != 1.0) & (norm < float("inf"))
-    gradient, weight = word(table, tensors, number, GRADIENT), word(table, tensors, number, WEIGHT)
-    seed = word(table, tensors, number, SEED).to(tl.uint32)
     factors = parts + word(table, tensors, number, SUMS_AT)
-
-    wide = tl.cdiv(cols, BN)
-    across, down = local % wide, local // wide
-    col = across * BN + tl.arange(0, BN)
-    b = tl.load(factors + rows + col, mask=col < tl.where(moves, cols, 0), other=1.0)
-    col_key = mixed(col.to(tl.uint32))
-    steps = tl.where(moves | decays, STEPS, 0)
-    for step in range(steps):
-        row = (down * STEPS + step) * BM + tl.arange(0, BM)
-        a = tl.load(factors + row, mask=row < tl.where(moves, rows, 0), other=0.0)
-        busy = a > 0
-        at = row[:, None] * cols + col[None, :]
-        inside = (col < cols)[None, :] & (at < numel)
-        x = read(gradient, at, inside & busy[:, None], DTYPE, ALIGNED)
-        touched = inside & (a > tl.where(decays, -1.0, 0.0))[:, None]
-        w = read(weight, at, touched, WEIGHTS, ALIGNED)
-        u = x / (tl.where(busy, a, 1.0)[:, None] * b[None, :] + eps)
-        u = tl.minimum(tl.maximum(u, -CLIP), CLIP)
-        new = w * keep - lr * u
-        noise = noise_of(mixed(row.to(tl.uint32) ^ seed)[:, None], col_key[None, :])
-        write(weight, at, new, touched, noise, WEIGHTS, ALIGNED, STOCHASTIC)
+    move_tile(
+        word(table, tensors, number, GRADIENT), word(table, tensors, number, WEIGHT), factors, factors + rows,
+        rows, cols, 0, word(table, tensors, number, NUMEL), local, moves, keep,
+        rate(table, tensors, number, LR).to(tl.float32), rate(table, tensors, number, EPS).to(tl.float32),
+        word(table, tensors, number, SEED).to(tl.uint32), decays,
+        DTYPE, WEIGHTS, STOCHASTIC, ALIGNED, True, BM, BN, STEPS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tensors"])
@@ -454,6 +469,22 @@ def fold_sums_of_one(parts, sums, rows, cols, BN: tl.constexpr, BR: tl.constexpr
     tl.store(sums + tl.where(is_row, 0, rows) + at, total, mask=at < size)
 
 
+@triton.jit(do_not_specialize=["rows", "cols", "first", "last", "keep", "lr", "eps", "seed"])
+def whiten_and_apply_one(
+    grid, weight, a, b, rows, cols, first, last, keep, lr, eps, seed,
+    STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """`whiten_and_apply` of one tensor, entries first to last of whose grid are W's."""
+    rows, cols = rows.to(tl.int64), cols.to(tl.int64)
+    first, last = first.to(tl.int64), last.to(tl.int64)
+    DTYPE: tl.constexpr = grid.dtype.element_ty
+    WEIGHTS: tl.constexpr = weight.dtype.element_ty
+    move_tile(
+        grid.to(tl.int64), weight.to(tl.int64), a, b, rows, cols, first, last, tl.program_id(0), rows > 0, keep, lr,
+        eps, seed.to(tl.uint32), keep != 1.0, DTYPE, WEIGHTS, STOCHASTIC, ALIGNED, False, BM, BN, STEPS,
+    )  # fmt: skip
+
+
 def tile_width(cols: int, itemsize: int) -> int:
     """Choose the columns of a tile: a warp loads a row of it at once, 16 bytes a thread, and sums it without others."""
     return min(256 if itemsize == 2 else 128, max(32, triton.next_power_of_2(cols)))
@@ -505,6 +536,46 @@ def square_sums(gradient: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     fold_sums_of_one[(folds,)](parts, sums, rows, cols, wide, high, **FOUR_WARPS)
     row, col = sums.split([rows, cols])
     return row, col
+
+
+def apply_whitened(
+    weight: Tensor,
+    grid: Tensor,
+    layout: Layout,
+    a: Tensor,
+    b: Tensor,
+    eps: float,
+    lr: float,
+    decay: float,
+    seed: int | None,
+    offset: int = 0,
+) -> None:
+    """W ← (1 − decay)·W − lr·w in one launch, as `sgc.step.apply_whitened`.
+
+    Args:
+        weight: contiguous.
+        grid: of the gradient, (rows, cols), contiguous.
+        layout: of the grid.
+        a: (rows,) fp32, 0 in a row without gradient.
+        b: (cols,) fp32.
+        eps: ε.
+        lr: learning rate times scale, negative to maximize.
+        decay: learning rate times weight decay.
+        seed: 32 bits, of the stochastic rounding of bf16 weights; None: to nearest.
+        offset: entries of the grid that precede W's.
+    """
+    wide = tile_width(layout.cols, grid.element_size())
+    high = tile_height(wide, grid.numel())
+    fits = all(size % 8 == 0 for size in (layout.cols, offset, weight.numel()))
+    fits = fits and all(tensor.data_ptr() % 16 == 0 for tensor in (grid, weight))
+    programs = triton.cdiv(layout.rows, high) * triton.cdiv(layout.cols, wide)
+    stochastic = seed is not None and weight.dtype is torch.bfloat16
+    signed = (seed or 0) - ((seed or 0) >> 31 << 32)  # always an int32, whatever the seed
+    whiten_and_apply_one[(programs,)](
+        grid, weight, a, b, layout.rows, layout.cols, offset, offset + weight.numel(), 1.0 - decay,
+        float(lr), float(eps), signed, stochastic, fits, **passes(wide, high, MOVED), **FOUR_WARPS,
+    )  # fmt: skip
+    torch.autograd.graph.increment_version(weight)
 
 
 def log_or_less(beta: float) -> float:

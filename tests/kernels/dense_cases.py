@@ -32,6 +32,8 @@ def launches():
     yield "aligned bf16", lambda: step((512, 512), torch.bfloat16, torch.bfloat16, True)
     yield "aligned dense bf16", lambda: step((1024,), torch.bfloat16, torch.bfloat16, True)
     yield "aligned sums bf16", lambda: dense.square_sums(torch.zeros(512, 512, dtype=torch.bfloat16), layout(512, 512))
+    yield "aligned shard bf16", lambda: shard(80, 640)
+    yield "odd shard bf16", lambda: shard(5, 0)
     yield "aligned fp32", lambda: step((512, 512), torch.float32, torch.float32, False)
     yield "odd bf16", lambda: step((512, 511), torch.bfloat16, torch.bfloat16, False)
     yield "odd dense fp16", lambda: step((1023,), torch.float16, torch.float16, False)
@@ -40,6 +42,13 @@ def launches():
 
 def layout(*shape):
     return make_layout(shape, 256)
+
+
+def shard(offset, missing):
+    grid = torch.zeros(512, 512, dtype=torch.bfloat16)
+    weight = torch.zeros(512 * 512 - offset - missing, dtype=torch.bfloat16)
+    a, b = torch.zeros(2, 512)
+    dense.apply_whitened(weight, grid, layout(512, 512), a, b, 1e-8, 1, 0, 1 << 31, offset)
 
 
 def step(shape, *kind):

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 from sgc import SGC
 from sgc.codec.layout import make_layout
 from sgc.kernels import batch, dense
-from sgc.step import square_sums
+from sgc.step import Whitening, apply_whitened, square_sums
 from tests.tolerances import EPS, SIGMAS, SUM
 
 # A matrix of several tiles, a narrow one, one of odd width, a ragged vector, a stack of experts, and two kept dense.
@@ -164,6 +164,24 @@ def test_a_resumed_run_ends_in_the_same_bits(dtype, device):
     advance(resumed, other, range(2, 5))
     assert_near(held(resumed, other), held(params, optimizer), 0)
     assert all(torch.equal(a, b) for a, b in zip(params, resumed, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "cols", "offset", "missing"), [(40, 264, 0, 0), (20, 264, 80, 16), (40, 33, 5, 20)])
+def test_a_shard_moves_as_in_torch(rows, cols, offset, missing, dtype, device, monkeypatch):
+    layout, grid = make_layout((rows, cols), 256), torch.randn(rows, cols, device=device).to(dtype)
+    grid[3:5] = 0
+    a, b = torch.rand(rows, device=device) + 0.1, torch.rand(cols, device=device) + 0.1
+    whitening = Whitening(a, b, grid.any(1))
+    before = torch.randn(rows * cols - offset - missing, device=device).to(dtype)
+    moved = []
+    for path in ("triton", "torch"):
+        monkeypatch.setenv("SGC_KERNELS", path)
+        moved.append(before.clone())
+        apply_whitened(moved[-1], grid, layout, whitening, 1e-8, 0.1, 0.01, None, offset)
+    error = STEP if dtype is torch.float32 else torch.finfo(dtype).eps
+    torch.testing.assert_close(*moved, rtol=error, atol=error)
+    assert (moved[0] != before).float().mean() > 0.5
 
 
 def test_stochastic_rounding_takes_a_neighbour_and_the_mean_of_many_is_exact(device):
@@ -330,10 +348,10 @@ def test_the_kernels_compile_for_an_h100_and_move_16_bytes_at_a_time(tmp_path):
     assert ran.returncode == 0, ran.stderr
     lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
     accesses = {(line["case"], line["kernel"]): line["accesses"] for line in lines}
-    assert len(accesses) == 22
-    reading = {"tile_sums", "tile_sums_of_one", "whiten_and_apply", "dense_sums", "dense_adamw"}
+    assert len(accesses) == 24
+    reading = {"tile_sums", "tile_sums_of_one", "whiten_and_apply", "whiten_and_apply_one", "dense_sums", "dense_adamw"}
     for (case, kernel), found in accesses.items():
         if case.startswith("aligned") and kernel in reading:
             assert "ld.global.v4.b32" in found, (case, kernel)
             assert "ld.global.b16" not in found, (case, kernel)
-            assert kernel not in ("whiten_and_apply", "dense_adamw") or "st.global.v4.b32" in found, (case, kernel)
+            assert "sums" in kernel or "st.global.v4.b32" in found, (case, kernel)
