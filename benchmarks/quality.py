@@ -15,6 +15,7 @@ reads it. The optimizers are those of `benchmarks/peers.py`.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
 import statistics
@@ -124,35 +125,43 @@ def _recovery_error(optimizer: torch.optim.Optimizer) -> float:
 
 
 def run_cells(
-    cells: list[Cell], result: str = RESULT, ahead: int = 0, sources: dict[str, Source] | None = None
+    cells: list[Cell],
+    result: str = RESULT,
+    *,
+    suite: Suite | None = None,
+    sources: dict[str, Source] | None = None,
 ) -> None:
     """Run the cells that nobody has run or is running, and say how long it will take.
 
     Args:
         cells: to run.
         result: name of the file of rows.
-        ahead: cells that will follow these, for the estimate.
+        suite: that they are part of, for the estimate.
         sources: tasks of the user's own, by name.
     """
-    tasks: dict[tuple[str, int], Task] = {}
     pace = Pace(result)
     for number, cell in enumerate(cells):
         with claim(result, cell.key()) as mine:
             if not mine or cell.key() in done(result):
                 continue
-            if (cell.task, cell.train_rows) not in tasks:
-                tasks[cell.task, cell.train_rows] = open_task(cell.task, cell.train_rows, sources)
+            task = _open(cell.task, cell.train_rows, tuple((sources or {}).values()))
             start = time.perf_counter()
-            row = run_cell(cell, tasks[cell.task, cell.train_rows])
+            row = run_cell(cell, task)
             add_row(result, row)
             pace.note(cell, time.perf_counter() - start)
-            left = pace.expect(cells[number + 1 :]) * (1 + ahead / len(cells))
+            left = cells[number + 1 :] if suite is None else to_come(suite, missing(suite, result))
             print(
-                f"[{number + 1}/{len(cells)}] {cell.task} b{cell.batch_size} {cell.optimizer} lr {cell.lr:g} "
+                f"{cell.task} b{cell.batch_size} {cell.optimizer} lr {cell.lr:g} "
                 f"seed {cell.seed}: metric {row['metric']:.4f} loss {row['eval_loss']:.3f} "
-                f"train {row['train_loss_last']:.3f} ({row['seconds']:.0f} s, about {left / 60:.0f} min left)",
+                f"train {row['train_loss_last']:.3f} ({row['seconds']:.0f} s, "
+                f"{len(left)} runs left, about {pace.expect(left) / 60:.0f} min)",
                 flush=True,
             )
+
+
+@functools.lru_cache(maxsize=4)
+def _open(name: str, train_rows: int, sources: tuple[Source, ...]) -> Task:
+    return open_task(name, train_rows, {source.name: source for source in sources})
 
 
 class Pace:
@@ -202,28 +211,39 @@ def missing(suite: Suite, result: str = RESULT) -> list[Cell]:
     return cells
 
 
+def to_come(suite: Suite, cells: list[Cell]) -> list[Cell]:
+    """List `missing` cells and, for every grid among them, as many as its other seeds will be."""
+    grids = {(cell.setting, cell.optimizer): cell for cell in cells if cell.seed == suite.seeds[0]}
+    return cells + [cell._replace(seed=seed) for cell in grids.values() for seed in suite.seeds[1:]]
+
+
 def run_suite(
     suite: Suite, result: str = RESULT, *, reverse: bool = False, sources: dict[str, Source] | None = None
 ) -> None:
-    """Run all that is missing and that nobody else is running, grids first and then the other seeds."""
+    """Run all that is missing and that nobody else is running: optimizer by optimizer, its grid, then its other seeds.
+
+    Args:
+        suite: to run.
+        result: name of the file of rows.
+        reverse: start with the last optimizer.
+        sources: tasks of the user's own, by name.
+    """
     before: list[Cell] = []
     while (cells := missing(suite, result)) and cells != before:
         before = cells
-        grids = {(cell.setting, cell.optimizer) for cell in cells if cell.seed == suite.seeds[0]}
-        run_cells(cells[::-1] if reverse else cells, result, len(grids) * (len(suite.seeds) - 1), sources)
+        for optimizer in suite.optimizers[::-1] if reverse else suite.optimizers:
+            for _ in ("grid", "seeds"):
+                one = missing(suite._replace(optimizers=(optimizer,)), result)
+                run_cells(one, result, suite=suite, sources=sources)
 
 
 def report(suite: Suite, result: str = RESULT) -> str:
     """Draw the tables, and say what is missing."""
     found: list[Row] = list(done(result).values())
     parts = [table(suite, found), rate_table(suite, found)]
-    if left := missing(suite, result):
-        grids = {(cell.setting, cell.optimizer) for cell in left if cell.seed == suite.seeds[0]}
+    if left := to_come(suite, missing(suite, result)):
         names = ", ".join(dict.fromkeys(f"{cell.optimizer} on {cell.task}" for cell in left))
-        count = len(left) + len(grids) * (len(suite.seeds) - 1)
-        parts.append(
-            f"{count} runs are missing, about {Pace(result).expect(left) / 60:.0f} min for {len(left)}: {names}"
-        )
+        parts.append(f"{len(left)} runs are missing, about {Pace(result).expect(left) / 60:.0f} min: {names}")
     else:
         parts.append("No run is missing.")
     return "\n\n".join(parts)
