@@ -239,3 +239,9 @@ def test_cheap_sellers_that_are_more_together_are_bought_in_place_of_one_that_is
     assert set(r.portfolio(buyer, sellers, budget=3, prices=prices).sellers) == {"a", "b", "c"}
     # and one that is dear and worth it is not passed over for a cheap one that leaves no money for it
     assert r.portfolio(buyer, sellers, budget=3, prices=prices | {"b": 2.5, "c": 2.5}).sellers == ("dear",)
+
+
+def test_nobody_counts_for_more_than_the_buyers_own_spread() -> None:
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    given_, expected = (torch.tensor(x, dtype=torch.float64) for x in ([5.0, 0.5, -0.2], [1.0, 0.5, 0.0]))
+    torch.testing.assert_close(r._capped(turn @ torch.diag(given_) @ turn.T), turn @ torch.diag(expected) @ turn.T)
