@@ -87,7 +87,16 @@ class Simulation:
         checkpoint_every: int = 0,
     ) -> None:
         tensors = [torch.as_tensor(part) for part in parts]
-        _check(data, tensors, asked, late, most_skipped, evaluate_every)
+        _check(data, tensors, asked, late)
+        for name, value, least in [
+            ("most_skipped", most_skipped, 1),
+            ("evaluate_every", evaluate_every, 1),
+            ("checkpoint_every", checkpoint_every, 0),
+            ("memory_limit", memory_limit, 1),
+            ("devices_at_once", 1 if devices_at_once is None else devices_at_once, 1),
+        ]:
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         self.test, self.most_skipped, self.evaluate_every = test, most_skipped, evaluate_every
         self.checkpoint_every, self.memory_limit = checkpoint_every, memory_limit
         self.output_dir = None if output_dir is None else Path(output_dir)
@@ -345,7 +354,8 @@ def _map(path: Path, shape: torch.Size, *, write: bool) -> Tensor:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("checkpoint-*")) if folder.is_dir() else []
+    """List the checkpoints that are ours: other programs name theirs alike."""
+    return sorted(path for path in folder.glob("checkpoint-????????") if (path / "state.pt").is_file())
 
 
 def _keep_rows(path: Path, number: int) -> None:
@@ -364,8 +374,6 @@ def _check(
     parts: Sequence[Tensor],
     asked: int | None,
     late: float,
-    most_skipped: int,
-    evaluate_every: int,
 ) -> None:
     if "labels" not in data:
         raise ValueError(f"the data need a column 'labels', got {', '.join(data)}")
@@ -384,6 +392,3 @@ def _check(
         raise ValueError(f"participants must be in [1, num_devices={len(parts)}], got {asked}")
     if not 0 <= late < 1:
         raise ValueError(f"late must be in [0, 1), got {late}")
-    for name, value in (("most_skipped", most_skipped), ("evaluate_every", evaluate_every)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")

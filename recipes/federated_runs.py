@@ -15,8 +15,10 @@ def folder_of(args: argparse.Namespace) -> Path:
     """Give the folder of a run.
 
     Raises:
-        ValueError: it holds another one, and nothing was said about that.
+        ValueError: it holds another one, and nothing was said about that; or no round is to be played.
     """
+    if args.rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {args.rounds}")
     out = Path(args.output_dir)
     if (out / "rows.jsonl").exists() and not (args.resume or args.overwrite):
         raise ValueError(f"the folder '{out}' holds another run; go on with --resume, or begin anew with --overwrite")

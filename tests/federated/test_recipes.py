@@ -201,6 +201,7 @@ def test_a_killed_recipe_resumes_and_ends_in_the_same_model(tmp_path):
         (["--scheme", "downlink-selection", "--participants", "41"], 2, "participants must be at most the 40 devices"),
         (["--devices", "2000"], 2, "no device may be empty: 1437 rows do not reach for 2000 devices"),
         (["--scheme", "noisy-downlink", "--power_down", "0"], 2, "power must be positive and finite, got 0.0"),
+        (["--rounds", "0"], 2, "rounds must be at least 1, got 0"),
         (["--split", "speaker"], 2, "the data have no column 'speaker', only labels"),
         (["--dataset", "no/such/set"], 2, "the data set 'no/such/set' can't be opened"),
         (["--scheme", "noisy-downlink", "--threshold", "99"], 1, "10 rounds in a row brought no update"),

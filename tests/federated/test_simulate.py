@@ -112,6 +112,18 @@ def test_a_new_run_takes_the_place_of_an_old_one(tmp_path):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-00000003"]
 
 
+def test_checkpoints_of_other_programs_are_left_alone(tmp_path):
+    """transformers' Trainer names its folders checkpoint-STEP."""
+    for name in ("checkpoint-500", "checkpoint-best", "checkpoint-00000009"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("precious")
+    assert simulation(tmp_path).resume() == 0
+    list(simulation(tmp_path, checkpoint_every=1).run(3, progress=False))
+    kept = ["checkpoint-00000003", "checkpoint-00000009", "checkpoint-500", "checkpoint-best"]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == kept
+    assert simulation(tmp_path).resume() == 3
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     list(simulation(tmp_path, checkpoint_every=2).run(2, progress=False))
     with pytest.raises(
@@ -231,6 +243,8 @@ def test_columns_become_tensors():
         ({"asked": M + 1}, rf"participants must be in \[1, num_devices={M}\], got {M + 1}"),
         ({"late": 1.0}, r"late must be in \[0, 1\), got 1.0"),
         ({"most_skipped": 0}, "most_skipped must be at least 1, got 0"),
+        ({"devices_at_once": 0}, "devices_at_once must be at least 1, got 0"),
+        ({"checkpoint_every": -1}, "checkpoint_every must be at least 0, got -1"),
         ({"downlink": SelectionDownlink(Channel(ofdm_symbols=9), M + 1)}, f"at most num_devices={M}, got {M + 1}"),
     ],
 )
