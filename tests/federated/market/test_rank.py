@@ -245,3 +245,10 @@ def test_nobody_counts_for_more_than_the_buyers_own_spread() -> None:
     turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
     given_, expected = (torch.tensor(x, dtype=torch.float64) for x in ([5.0, 0.5, -0.2], [1.0, 0.5, 0.0]))
     torch.testing.assert_close(r._capped(turn @ torch.diag(given_) @ turn.T), turn @ torch.diag(expected) @ turn.T)
+
+
+def test_the_bound_counts_parts_of_what_the_budget_does_not_reach() -> None:
+    buyer, seller = along(rows(300, 0)), along(rows(300, 1))
+    sellers = dict.fromkeys("abc", seller)
+    first, second = r.portfolio(buyer, sellers, budget=2).gains
+    assert r.portfolio(buyer, sellers, budget=1.5).at_most == pytest.approx(first + 1.5 * second)
