@@ -54,17 +54,15 @@ def label_beside(axis: Any, texts: list[tuple[float, float, str, str]]) -> None:
         axis: whose limits are final.
         texts: (x, y, text, color) of each point, in data coordinates.
     """
+    from sklearn.isotonic import isotonic_regression
+
     low, high = axis.get_ylim()
-    step = 0.058
-    placed: list[float] = []
+    step = min(0.058, 1 / max(1, len(texts) - 1))
     ordered = sorted(texts, key=lambda item: item[1])
-    for _, y, *_ in ordered:
-        wanted = (y - low) / (high - low)
-        placed.append(max(wanted, placed[-1] + step) if placed else wanted)
-    overflow = max(0.0, (placed[-1] if placed else 0.0) - 1.0)
-    for position in range(len(placed) - 1, -1, -1):  # push down what went over the top
-        above = placed[position + 1] - step if position + 1 < len(placed) else 1.0
-        placed[position] = min(placed[position], above) if overflow else placed[position]
+    # as near to their points as labels of one height can be, without going over the top or the bottom
+    wanted = [(y - low) / (high - low) - i * step for i, (_, y, *_) in enumerate(ordered)]
+    room = 1 - step * (len(texts) - 1)
+    placed = [min(max(at, 0.0), room) + i * step for i, at in enumerate(isotonic_regression(wanted))]
     for (x, y, text, shade), height in zip(ordered, placed, strict=True):
         axis.annotate(
             text,
@@ -109,7 +107,7 @@ def draw_front(plt: Any, suites: list[Suite], found: list[Row]) -> Any:
         front = sorted((max(ratios[name], 1e-5), at[name][1]) for name in on_front(at))
         axis.set_xscale("log")
         axis.margins(y=0.08)
-        axis.set_xlim(min(min(ratios.values()) / 2, 1e-3), 2)
+        axis.set_xlim(max(min(ratios.values()), 1e-5) / 2, 2)
         axis.step(*zip(*[*front, (2, front[-1][1])], strict=True), where="post", color="#444444", lw=0.8, ls=":")
         label_beside(axis, texts)
         axis.set_title(title(setting), fontsize=10)
@@ -190,6 +188,8 @@ def draw_time(plt: Any, suites: list[Suite], found: list[Row]) -> Any:
     figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.4), squeeze=False)
     for axis, (suite, setting) in zip(axes[0], panels, strict=True):
         texts = []
+        palette = (*plt.get_cmap("Dark2").colors, *plt.get_cmap("tab10").colors)
+        shades = dict(zip(suite.optimizers, palette, strict=False))
         for optimizer in suite.optimizers:
             runs = best_runs(found, setting, optimizer, suite)
             timed = [
@@ -201,8 +201,9 @@ def draw_time(plt: Any, suites: list[Suite], found: list[Row]) -> Any:
                 continue
             losses = [statistics.fmean(values) for values in zip(*(run["losses"] for run in runs), strict=True)]
             seconds = [statistics.median(timed) * PROBE_EVERY * (i + 0.5) for i in range(len(losses))]
-            axis.plot(seconds, losses, lw=1.2, color=color(optimizer))
-            texts.append((seconds[-1], losses[-1], label(optimizer), color(optimizer)))
+            width = 2.0 if parse(optimizer)[0] == "sgc" else 1.0
+            axis.plot(seconds, losses, lw=width, color=shades[optimizer])
+            texts.append((seconds[-1], losses[-1], label(optimizer), shades[optimizer]))
         axis.margins(y=0.02)
         label_beside(axis, texts)
         axis.set_xlabel("processor seconds on one core, forward and backward included")
