@@ -7,6 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+BENCH_ARGS ?=
 ACCELERATE_ARGS ?=
 PYTEST_ARGS ?=
 WORKERS ?= auto
@@ -37,6 +38,13 @@ test-matrix: $(VENV)/.installed-dev ## Run every harness with every feature, and
 
 bench-quality: $(VENV)/.installed-bench ## Compare optimizers by what they learn (ARGS="--suite instruct --table")
 	$(BIN)/python benchmarks/quality.py $(ARGS)
+
+bench: $(VENV)/.installed-bench ## Time a step and its stages on this CPU (BENCH_ARGS="--smoke"), an hour with all peers
+	for name in step sparsify project recover train growth; do $(BIN)/python benchmarks/bench_$$name.py $(BENCH_ARGS) || exit 1; done
+
+# Installs nothing, so that it runs where there is no internet: PYTHON is one that has torch, triton and pytest.
+bench-gpu: ## Test the kernels on this GPU, then time them, within 8 minutes (PYTHON=python3, BENCH_ARGS="--smoke")
+	PYTHON=$(PYTHON) sh benchmarks/gpu.sh $(BENCH_ARGS)
 
 lint: $(VENV)/.installed-dev ## Style, types and the one-way imports
 	$(BIN)/ruff check .
@@ -78,4 +86,9 @@ $(VENV)/.installed-bench: $(VENV)/.installed-torch pyproject.toml constraints.tx
 $(VENV)/.installed-dev: $(VENV)/.installed-torch pyproject.toml constraints.txt
 	@echo "Installing sgc and what its tests need into $(VENV)"
 	$(INSTALL_SGC) '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed-torch pyproject.toml constraints.txt
+	@echo "Installing sgc and what its benchmarks need into $(VENV)"
+	$(INSTALL_SGC) '.[bench,numba]'
 	@touch $@

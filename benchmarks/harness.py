@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("SGC_BENCH_RESULTS") or Path(__file__).parent / "results")
 PACKAGES = (
     "torch",
     "transformers",
@@ -59,7 +59,7 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 def add_row(name: str, row: dict[str, Any]) -> None:
     """Append a row in one write under a lock, so that several processes may share the file."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     stamped = {**row, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **provenance()}
     with open(RESULTS / f"{name}.jsonl", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
