@@ -159,7 +159,7 @@ def draw_sizes(plt: Any, suites: list[Suite], found: list[Row]) -> Any:
 
 def draw_recovery(plt: Any, suites: list[Suite], found: list[Row]) -> Any:
     """Recovery error over training: the share of the sketch that the recovered update leaves unexplained."""
-    with_errors = [row for row in found if row.get("recovery_errors") and row["seed"] == 0]
+    with_errors = [row for row in found if row.get("recovery_errors")]
     settings = list(dict.fromkeys(_setting(row) for row in with_errors))
     if not settings:
         raise ValueError("no row has recovery errors yet: run benchmarks/quality.py --suite rules")
