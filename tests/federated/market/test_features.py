@@ -333,3 +333,9 @@ def test_sizes_that_no_query_can_have_are_refused(name: str) -> None:
 def test_an_encoder_in_the_folder_at_hand_has_a_name(vision_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(vision_folder)
     assert f.HuggingFaceFeatures(".").encoder.name == vision_folder.name
+
+
+def test_vectors_come_in_the_order_of_the_texts(text_encoder: f.HuggingFaceFeatures) -> None:
+    mixed = [TEXTS[i] for i in (3, 0, 2, 1)]
+    expected = torch.cat([text_encoder.embed([text]) for text in mixed])
+    torch.testing.assert_close(text_encoder.embed(mixed), expected, atol=CLOSE, rtol=0)
