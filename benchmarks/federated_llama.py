@@ -13,11 +13,27 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "recipes"))
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 import federated_finetune
+import text_data
 from benchmarks import harness
+from federated.metrics import evaluate
 
 RESULTS = "federated_llama"
 UPLINKS = ("sketched", "ideal", "analog")
+
+
+def untrained() -> dict[str, float]:
+    """Judge the model that training starts from, as the recipe judges it."""
+    args, notes = federated_finetune.parse([]), text_data.Notes()
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = text_data.plain_template(tokenizer)
+    _, rows = federated_finetune.open_rows(args, notes)
+    test, _ = federated_finetune.examples(rows, tokenizer, args.max_length, notes)
+    return evaluate(AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32), test)
 
 
 def main() -> None:
@@ -34,8 +50,9 @@ def main() -> None:
             sys.exit(1)
         rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
         curve = [(row["round"], round(row["loss"], 4), round(row["accuracy"], 4)) for row in rows if "loss" in row]
+        before = untrained()
         last = {name: rows[-1][name] for name in ("channel_uses_up", "nmse_up", "power_up", "participants")}
-        harness.add_row(RESULTS, {"uplink": uplink, "rounds": len(rows), "curve": curve, **last})
+        harness.add_row(RESULTS, {"uplink": uplink, "rounds": len(rows), "before": before, "curve": curve, **last})
 
 
 if __name__ == "__main__":
