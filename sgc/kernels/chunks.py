@@ -86,7 +86,7 @@ def take_top(key, tag, COUNT: tl.constexpr, SLOTS: tl.constexpr):
     COUNT rounds, each of six operations for every element: the maximum, the least tag among those that equal it, its
     removal.
 
-    Returns keys and tags (C, SLOTS), the tag −1 in slots beyond COUNT.
+    Returns keys and tags (C, SLOTS), the tag −1 in slots beyond COUNT, and the keys with what has been taken marked.
     """
     slot = tl.arange(0, SLOTS)[None, :]
     best = tl.zeros((key.shape[0], SLOTS), key.dtype)
@@ -97,7 +97,7 @@ def take_top(key, tag, COUNT: tl.constexpr, SLOTS: tl.constexpr):
         best = tl.where(slot == number, largest[:, None], best)
         found = tl.where(slot == number, first[:, None], found)
         key = tl.where(tag == first[:, None], TAKEN, key)
-    return best, found
+    return best, found, key
 
 
 @triton.jit
@@ -106,14 +106,15 @@ def candidates_of(key, COUNT: tl.constexpr, SLOTS: tl.constexpr, LENGTH: tl.cons
 
     An entry outside the COUNT groups whose best entries come first has those COUNT entries before it. Groups are ranges
     of entries, so of two groups with equal maxima the lower one holds the lower entry. An entry of −1 stands for none.
+    Also the largest key (C,) of the groups left out.
     """
     GROUPS: tl.constexpr = key.shape[1] // LENGTH
     best = tl.max(tl.reshape(key, (key.shape[0], GROUPS, LENGTH)), 2)
     group = tl.zeros((key.shape[0], GROUPS), tl.int32) + tl.arange(0, GROUPS)[None, :]
-    _, chosen = take_top(best, group, COUNT, SLOTS)
+    _, chosen, left = take_top(best, group, COUNT, SLOTS)
     entry = tl.where(chosen < 0, -1, chosen * LENGTH)[:, :, None] + tl.arange(0, LENGTH)[None, None, :]
     entry = tl.where(chosen[:, :, None] < 0, -1, entry)
-    return tl.reshape(entry, (key.shape[0], SLOTS * LENGTH))
+    return tl.reshape(entry, (key.shape[0], SLOTS * LENGTH)), tl.max(left, 1)
 
 
 @triton.jit

@@ -190,7 +190,7 @@ def _decode(
     size = tl.where(inside, tl.abs(score), tl.where(entry < N, PADDING, OUTSIDE).to(tl.float32))
     best = tl.max(tl.reshape(size, (C, LENGTH, GROUPS)), 1)
     group = tl.zeros((C, GROUPS), tl.int32) + tl.arange(0, GROUPS)[None, :]
-    _, chosen = take_top(best, group, S, SLOTS)
+    _, chosen, _ = take_top(best, group, S, SLOTS)
     slot = tl.arange(0, SLOTS)
     score = tl.reshape(score, (C, LENGTH, GROUPS))
     few = tl.zeros((C, SLOTS, LENGTH), tl.float32)
@@ -204,7 +204,7 @@ def _decode(
     at = tl.reshape(tl.where(chosen[:, :, None] < 0, -1, member), (C, SLOTS * LENGTH))
     inside = is_real(chunk, at, chunks, numel, N, COLS, PIECES, PADDED) & (at >= 0)
     key = tl.where(inside, magnitude(few), tl.where((at >= 0) & (at < N), PADDING, OUTSIDE))
-    key, tag = take_top(key, tl.where(at >= 0, tag_of(at, few), -2), S, SLOTS)
+    key, tag, _ = take_top(key, tl.where(at >= 0, tag_of(at, few), -2), S, SLOTS)
     index = tag >> 1
     real = (key >= 0) & (slot < S)[None, :]
     right = tl.where(real, signed(key, tag) * root, 0.0)

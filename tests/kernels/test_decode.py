@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from sgc import step
+from sgc import dispatch, step
 from sgc.codec.layout import make_layout
 from sgc.codec.project import Projection
 from sgc.codec.recover import RIDGE, recover
@@ -27,6 +27,14 @@ SHAPES = {
     "one row": (1, 130),
     "experts": (3, 5, 64),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _twins_in_torch():
+    """Kernels are called directly here, and their twins must not be kernels themselves."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv(dispatch.VARIABLE, "torch")
+        yield
 
 
 def sketches_of(layout, sketch_size, seed, device):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from sgc import moments, step
+from sgc import dispatch, moments, step
 from sgc.codec.layout import make_layout
 from sgc.codec.project import Projection
 from sgc.kernels import encode as kernel
@@ -25,6 +25,14 @@ SHAPES = {
     "one row": (1, 130),
     "experts": (3, 5, 64),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _twins_in_torch():
+    """Kernels are called directly here, and their twins must not be kernels themselves."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv(dispatch.VARIABLE, "torch")
+        yield
 
 
 def gradient_of(shape, dtype, seed, device, levels=None):
@@ -82,6 +90,21 @@ def test_agrees_with_torch_where_entries_tie(chunk_size, sparsity, device):
     for levels in (1, 3):
         for whiten in (False, True):
             assert check((6, 192), torch.bfloat16, chunk_size, 33, sparsity, device, whiten, levels)
+
+
+def test_entries_that_whitening_makes_all_but_equal_are_told_apart(device):
+    """w is within a few units of 2 everywhere, so a quotient that is rounded another way would choose other entries."""
+    layout, generator = make_layout((40, 128), 128), torch.Generator().manual_seed(0)
+    a, b = (torch.rand(size, generator=generator).to(device) + 0.5 for size in (40, 128))
+    grid = (torch.outer(a, b) + 1e-3) * 2
+    units = torch.randint(-3, 4, grid.shape, generator=generator, dtype=torch.int32).to(device)
+    grid = (grid.view(torch.int32) + units).view(torch.float32)
+    whitening = step.Whitening(a, b, None)
+    index, value = step.select(grid, layout, whitening, 5, 1e-3)
+    assert (value.amax() - value.amin()) < 1e-5
+    got_index, got_value = kernel.select(grid, layout, whitening, 5, 1e-3)
+    assert torch.equal(got_index, index)
+    assert torch.equal(got_value, value)
 
 
 @settings(max_examples=25)
