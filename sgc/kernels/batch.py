@@ -92,6 +92,7 @@ class Launch(NamedTuple):
 class Plan(NamedTuple):
     """Tables for a set of tensors."""
 
+    layouts: list[Layout | None]
     static: Tensor  # (WORDS − RATES, tensors) int64
     launches: list[Launch]
     slots: list[int]
@@ -148,7 +149,8 @@ class Batch:
         Returns:
             Their norms, when they arrive.
         """
-        entries = [e._replace(gradient=e.gradient.contiguous()) for e in entries]
+        whole = (e if e.gradient.is_contiguous() else e._replace(gradient=e.gradient.contiguous()) for e in entries)
+        entries = list(whole)
         plan = self._plan(entries)
         table = self._table(entries, plan)
         norms = torch.empty(len(entries), dtype=torch.float32, device=self._device)
@@ -200,9 +202,7 @@ class Batch:
         return self._send(torch.cat([*changing, plan.static]))
 
     def _plan(self, entries: Sequence[Entry]) -> Plan:
-        key = tuple(
-            (e.weight.data_ptr(), e.layout, kind_of(e), *(moment.data_ptr() for moment in e.moments)) for e in entries
-        )
+        key = tuple(map(signature_of, entries))
         if key not in self._plans:
             if len(self._plans) == MOST_PLANS:
                 self._plans.pop(next(iter(self._plans)))
@@ -244,7 +244,7 @@ class Batch:
             launches.append(Launch(kind, high, self._owners(numbers, owners), self._owners(numbers, folders), scratch))
         static = torch.tensor(columns, dtype=torch.int64).T.contiguous()
         none = torch.zeros(len(slots), dtype=torch.int32, device=self._device)
-        return Plan(static, launches, slots, self._send(torch.tensor(slots)), none)
+        return Plan([e.layout for e in entries], static, launches, slots, self._send(torch.tensor(slots)), none)
 
     def _send(self, here: Tensor) -> Tensor:
         """Copy to the device without waiting; pinned memory is not given to others before it has been read."""
@@ -265,6 +265,14 @@ def obstacle(weight: Tensor, gradient: Tensor) -> str | None:
     if gradient.device != weight.device:
         return f"its gradient is on {gradient.device}, and its weights are on {weight.device}"
     return None
+
+
+def signature_of(entry: Entry) -> tuple[Any, ...]:
+    """Give what the tables of a plan depend on, of a tensor; a plan holds its layouts, so that their ids are theirs."""
+    weight, gradient = entry.weight, entry.gradient
+    first, second = entry.moments
+    addresses = (weight.data_ptr(), first.data_ptr(), second.data_ptr(), gradient.data_ptr() % 16)
+    return *addresses, id(entry.layout), weight.numel(), gradient.dtype, weight.dtype, entry.stochastic
 
 
 def kind_of(entry: Entry) -> Kind:

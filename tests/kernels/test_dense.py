@@ -7,10 +7,13 @@ import sys
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="the kernels need Triton")
+triton = pytest.importorskip("triton", reason="the kernels need Triton")
+
+from triton import language as tl
 
 from sgc import SGC
 from sgc.codec.layout import make_layout
+from sgc.codec.project import mix
 from sgc.kernels import batch, dense
 from sgc.step import Whitening, apply_whitened, square_sums
 from tests.tolerances import EPS, SIGMAS, SUM
@@ -214,6 +217,30 @@ def test_stochastic_rounding_takes_a_neighbour_and_the_mean_of_many_is_exact(dev
             product = (centred * moved).sum()
             spread = (deviation * torch.roll(deviation, shift, tuple(range(len(shift))))).sum().sqrt()
             assert product.abs() <= SIGMAS * spread
+
+
+@triton.jit
+def store_noise(hashes, noise, seed, N: tl.constexpr):
+    at = tl.arange(0, N)
+    keys = dense.mixed(at.to(tl.uint32) ^ seed.to(tl.uint32))
+    tl.store(hashes + at, keys.to(tl.int64))
+    drawn = dense.noise_of(keys[:, None], dense.mixed(at.to(tl.uint32))[None, :])
+    tl.store(noise + at[:, None] * N + at[None, :], drawn.to(tl.int64))
+
+
+def test_the_noise_of_a_grid_is_uniform_and_no_rectangle_repeats(device):
+    n, seed = 128, 12345
+    hashes = torch.empty(n, dtype=torch.int64, device=device)
+    noise = torch.empty(n, n, dtype=torch.int64, device=device)
+    store_noise[(1,)](hashes, noise, seed, n)
+    assert hashes.tolist() == [mix(at ^ seed) for at in range(n)]
+    assert noise.min() >= 0
+    assert noise.max() < 1 << 16
+    bits = noise[:, :, None] >> torch.arange(16, device=device) & 1
+    for shares in (bits.float().mean((0, 1)), (bits[1:] ^ bits[:-1]).float().mean((0, 1))):
+        assert (shares - 0.5).abs().max() <= SIGMAS * 0.5 / (n * (n - 1)) ** 0.5
+    corners = noise[1:, 1:] ^ noise[1:, :-1] ^ noise[:-1, 1:] ^ noise[:-1, :-1]
+    assert (corners == 0).float().mean() < 1e-2
 
 
 def test_each_step_and_each_tensor_are_rounded_by_other_numbers(device):
