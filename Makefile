@@ -80,15 +80,10 @@ $(VENV)/.installed-hf: $(VENV)/.installed-torch pyproject.toml constraints.txt
 
 $(VENV)/.installed-bench: $(VENV)/.installed-torch pyproject.toml constraints.txt
 	@echo "Installing sgc and what it is compared with into $(VENV)"
-	$(INSTALL_SGC) '.[bench]'
+	$(INSTALL_SGC) '.[bench,numba]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-torch pyproject.toml constraints.txt
 	@echo "Installing sgc and what its tests need into $(VENV)"
 	$(INSTALL_SGC) '.[dev]'
-	@touch $@
-
-$(VENV)/.installed-bench: $(VENV)/.installed-torch pyproject.toml constraints.txt
-	@echo "Installing sgc and what its benchmarks need into $(VENV)"
-	$(INSTALL_SGC) '.[bench,numba]'
 	@touch $@
