@@ -37,6 +37,13 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
         "lora": (3e-3, 1e-2, 3e-2),
         "dora": (3e-3, 1e-2, 3e-2),
     },
+    "tiny-llama": {
+        "": (1e-3, 3e-3, 1e-2),
+        "sgd": (3e-2, 1e-1, 3e-1),
+        "sgd_momentum": (3e-2, 1e-1, 3e-1),
+        "came": (3e-5, 1e-4, 3e-4),
+        "galore": (3e-3, 1e-2, 3e-2),
+    },
 }
 
 
@@ -59,7 +66,8 @@ class Suite(NamedTuple):
 
     def rates_of(self, task: str, optimizer: str) -> tuple[float, ...]:
         """Give the learning rates that an optimizer chooses from on a task."""
-        table = RATES["encoder" if task in ENCODER else "llama"] if self.rates is None else self.rates
+        kind = "encoder" if task in ENCODER else "tiny-llama" if task.startswith("tiny-llama:") else "llama"
+        table = RATES[kind] if self.rates is None else self.rates
         return table.get(parse(optimizer)[0], table[""])
 
 
