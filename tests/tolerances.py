@@ -21,6 +21,10 @@ ADAMW_WEIGHT = math.sqrt(50) * 8 * EPS
 # Two orders of one fp32 sum of m terms of size 1: √m·EPS, here m ≤ 2¹².
 SUM = 2**6 * EPS
 
+# A correlation of k ≤ 128 terms from three bf16 parts, relative to the norm of the sketch: tensor cores cut off each
+# sum at 2⁻²⁴ of its largest term, some three times k/16 times. Two parts alone would be wrong by up to 2⁻¹⁷ of a term.
+CORRELATION = 2**3 * EPS
+
 # Unit vectors: the norm of k signs of 1/√k, each rounded once.
 UNIT = 2**4 * EPS
 

@@ -14,7 +14,7 @@ from sgc.codec.layout import make_layout
 from sgc.codec.project import Projection
 from sgc.codec.recover import RIDGE, recover
 from sgc.kernels import decode as kernel
-from tests.tolerances import EPS, EPS_BF16, SIGMAS, SUM
+from tests.tolerances import CORRELATION, EPS, EPS_BF16, SIGMAS, SUM
 
 SHAPES = {
     "one chunk a row": (9, 64),
@@ -135,6 +135,15 @@ def test_agrees_with_torch_where_no_two_correlations_tie(device):
     busy = y.any(1)
     assert torch.equal(got_index[busy], index[busy])
     assert (got_value - value)[busy].abs().max() <= SUM * value.abs().max()
+
+
+def test_correlations_are_as_accurate_as_those_of_fp32(device):
+    """A single value recovered is the correlation itself."""
+    layout, projection = make_layout((400, 64), 64), Projection(24, seed=2)
+    y = sketches_of(layout, 24, 5, device)
+    index, value = kernel.decode(y, layout, projection, 1)
+    expected = (y.double() @ projection.columns(64, device).double().T).gather(1, index)
+    assert ((value - expected).abs() <= CORRELATION * y.double().norm(dim=1, keepdim=True)).all()
 
 
 def test_of_a_sketch_of_zeros_the_first_entries_are_recovered_as_zeros(device):
