@@ -238,7 +238,7 @@ def recover(
                     opposite = 0
                     for word in range(len(words)):
                         opposite += _ones(np.uint32(chosen[i, word] ^ chosen[j, word]))
-                    left[i, j] = left[j, i] = np.float32(sketch_size - 2 * opposite) * unit
+                    left[j, i] = np.float32(sketch_size - 2 * opposite) * unit
                 left[i, i] = np.float32(sketch_size) * unit + ridge
             _eliminate(left, x, size)
         for at in range(size):
@@ -249,16 +249,19 @@ def recover(
 
 @_compile
 def _eliminate(left: Any, x: Any, size: int) -> None:
-    """Solve a positive definite system in place."""
-    for at in range(size - 1):
-        row = left[at, at + 1 : size]
+    """Solve a positive definite system, of which the upper triangle is given, in place."""
+    for at in range(size):
+        row = left[at, :size]
+        inverse = np.float32(1) / row[at]
         for i in range(at + 1, size):
-            factor = row[i - at - 1] / left[at, at]
-            below = left[i, at + 1 : size]
-            for j in range(len(row)):
+            factor = row[i] * inverse
+            below = left[i, :size]
+            for j in range(i, size):
                 below[j] -= factor * row[j]
             x[i] -= factor * x[at]
     for at in range(size - 1, -1, -1):
-        x[at] /= left[at, at]
-        for i in range(at):
-            x[i] -= left[i, at] * x[at]
+        row = left[at, :size]
+        total = x[at]
+        for i in range(at + 1, size):
+            total -= row[i] * x[i]
+        x[at] = total / row[at]
