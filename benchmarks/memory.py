@@ -455,11 +455,17 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print planned and measured from the rows")
     parser.add_argument("--plot", type=Path, help="draw the peaks from the rows")
     parser.add_argument("--plot-step", type=Path, help="draw the steps from the rows")
+    parser.add_argument(
+        "--plan", metavar="MODEL", help="store and print the plan of a model, with activations recomputed"
+    )
     parser.add_argument("--snapshot", type=Path, help="on a GPU: the allocator's history, for pytorch.org/memory_viz")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.cell:
         print(json.dumps(measure(Cell(**json.loads(given.cell)), given.snapshot)))
+        return
+    if given.plan:
+        store_plan(given.plan, given.plot)
         return
     cells = _chosen(given)
     if given.table or given.plot or given.plot_step:
@@ -469,6 +475,19 @@ def main() -> None:
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     run(cells, given.snapshot)
+
+
+def store_plan(model: str, picture: Path | None) -> None:
+    """Plan a step of a large model, print the plan, and store a row for every optimizer."""
+    found = plan(model, gpu_memory="24GB", gradient_checkpointing=True)
+    print(found.table())
+    fixed = {"model": model, "parameters": found.parameters, "batch_size": 1, "sequence_length": 2048}
+    for row in found.rows:
+        at_peak = None if row.at_peak is None else row.at_peak._asdict()
+        sizes = {"state_bytes": row.state, "peak_bytes": row.peak, "at_peak": at_peak, "fits_24GB": row.fits}
+        add_row("plan", {**fixed, "optimizer": row.spec, "label": row.optimizer, **sizes})
+    if picture is not None:
+        found.save_plot(picture)
 
 
 def _chosen(given: argparse.Namespace) -> list[Cell]:

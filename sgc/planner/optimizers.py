@@ -18,7 +18,7 @@ from sgc.planner.models import DTYPES, PlanError
 from sgc.planner.trace import Info, Tracker
 
 FP32 = 4
-STRIP = 8  # blocks of a tensor that a step is made of; what is longer is extrapolated from STRIP and 2·STRIP
+STRIP = 24  # blocks, more than any stage works on at a time; what has more is extrapolated from STRIP and 2·STRIP
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Contender:
 
 def specs(dtype: torch.dtype, lora_rank: int, galore_rank: int, apollo_rank: int) -> list[str]:
     """List what a plan compares, as `contender` takes it."""
-    found = ["sgc", *(f"sgc(sketch_size={k})" for k in (8, 32, 128))]
+    found = ["sgc", *(f"sgc(sketch_size={k})" for k in (8, 32, 64))]
     found += [*(f"attached(sample_every={m})" for m in (8, 32, 64)), *(f"attached(sketch_size={k})" for k in (8, 32))]
     found += ["adamw_fused"] if dtype is torch.float32 else ["adamw_fused(state=fp32)", "adamw_fused"]
     found += ["adamw8bit", "adafactor", f"galore(rank={galore_rank})", f"apollo(rank={apollo_rank})"]
@@ -87,6 +87,7 @@ def sgc(**kwargs: Any) -> Contender:
     """SGC with whole gradients."""
     words = ", ".join(f"{name}={value}" for name, value in kwargs.items())
     group = SGC([nn.Parameter(torch.empty(1))], **kwargs).param_groups[0]
+    options = tuple(sorted(kwargs.items()))
 
     def state(info: Info) -> int:
         return memory.schema_bytes(memory.state_schema(info.shape, group))
@@ -95,30 +96,42 @@ def sgc(**kwargs: Any) -> Contender:
         return memory.projection_bytes([info.shape for info in infos], group)
 
     def step(infos: Sequence[Info]) -> int:
-        return max((step_temporaries(info, frozenset(kwargs.items())) for info in _largest(infos)), default=0)
+        return max((step_temporaries(info, options) for info in _largest(infos)), default=0)
 
     return Contender(f"sgc({words})" if words else "sgc", f"SGC({words})", state, step, shared, sgc=kwargs)
 
 
-def attached(sample_every: int | None = None, **kwargs: Any) -> Contender:
+def attached(sample_every: int = 8, **kwargs: Any) -> Contender:
     """SGC with compressed gradients."""
     whole = sgc(**kwargs)
-    attach = {} if sample_every is None else {"sample_every": sample_every}
+    attach = {} if kwargs.get("sketch_size") else {"sample_every": sample_every}
     words = ", ".join(f"{name}={value}" for name, value in {**kwargs, **attach}.items())
+    options = tuple(sorted(kwargs.items()))
+
+    def step(infos: Sequence[Info]) -> int:
+        return max((attached_temporaries(info, options, sample_every)[1] for info in _largest(infos)), default=0)
+
     label = f"SGC({words}), compressed gradients"
-    step = whole.step
-    if not kwargs.get("sketch_size"):
-
-        def step(infos: Sequence[Info]) -> int:
-            sampled = max((math.ceil(info.numel / (sample_every or 8)) for info in infos), default=0)
-            return FP32 * (sampled + 5 * BLOCK_ENTRIES)  # the sum times what clipping made of it; then blockwise
-
     return replace(whole, spec=f"attached({words})", label=label, step=step, attach=attach, sharded=False)
 
 
-def encode_temporaries(entries: int) -> int:
-    """Bytes that a hook needs to add one gradient to the `entries` fp32 numbers held of it: their like, twice."""
-    return FP32 * (2 * entries + 3 * BLOCK_ENTRIES)
+def hook_temporaries(infos: Sequence[Info], contender: Contender) -> dict[tuple[int, ...], int]:
+    """Find what the hook holds while it compresses a gradient, by shape of the tensor.
+
+    The largest tensor is measured, and those small enough; the others hold as much less as they are smaller.
+    """
+    assert contender.sgc is not None  # asked of SGC alone
+    options, every = tuple(sorted(contender.sgc.items())), (contender.attach or {}).get("sample_every", 8)
+    found: dict[tuple[int, ...], int] = {}
+    for info in sorted(infos, key=lambda info: -info.numel):
+        if info.shape in found:
+            continue
+        if found and info.numel > 2 * STRIP * BLOCK_ENTRIES:
+            largest = max(found, key=math.prod)
+            found[info.shape] = round(found[largest] * info.numel / math.prod(largest))
+        else:
+            found[info.shape] = attached_temporaries(info, options, every)[0]
+    return found
 
 
 def compressor_entries(model: nn.Module, contender: Contender) -> dict[str, int]:
@@ -137,33 +150,84 @@ def _largest(infos: Sequence[Info]) -> list[Info]:
     return sorted(infos, key=lambda info: -info.numel)[:1]
 
 
-@functools.lru_cache(maxsize=256)
-def step_temporaries(info: Info, options: frozenset[tuple[str, Any]]) -> int:
-    """Find what SGC's step on one tensor holds beside weight, gradient and state, by making steps.
+def step_temporaries(info: Info, options: tuple[tuple[str, Any], ...]) -> int:
+    """Find what SGC's step on one tensor holds beside weight, gradient and state, by making steps."""
+    (step,) = _of_whole(info, lambda shape: _measure_step(shape, info.dtype, options))
+    return step
 
-    Of a tensor of many rows a strip is stepped: what a step holds grows by the same bytes with every block of rows.
-    """
-    layout = make_layout(info.shape, dict(options).get("chunk_size", 256))
+
+def attached_temporaries(info: Info, options: tuple[tuple[str, Any], ...], sample_every: int) -> tuple[int, int]:
+    """Find what the hook and the step hold beside weight, gradient, what is kept of it and state, by running them."""
+    hook, step = _of_whole(info, lambda shape: _measure_attached(shape, info.dtype, options, sample_every))
+    return hook, step
+
+
+def _of_whole(info: Info, measure: Callable[[tuple[int, ...]], tuple[int, ...]]) -> tuple[int, ...]:
+    """Measure a tensor; of one with many rows two strips, since what is held grows by the same with every block."""
+    layout = make_layout(info.shape, 256)
     rows = next((rows.stop for rows, _ in layout.blocks()), 0)
     if len(info.shape) != 2 or layout.rows != info.shape[0] or layout.rows <= 2 * STRIP * rows:
-        return _measure_step(info.shape, info.dtype, options)
-    one, two = (_measure_step((times * STRIP * rows, layout.cols), info.dtype, options) for times in (1, 2))
-    return one + round((two - one) * (layout.rows / (STRIP * rows) - 1))
+        return measure(info.shape)
+    one, two = (measure((times * STRIP * rows, layout.cols)) for times in (1, 2))
+    more = layout.rows / (STRIP * rows) - 1
+    return tuple(first + round((second - first) * more) for first, second in zip(one, two, strict=True))
 
 
-def _measure_step(shape: tuple[int, ...], dtype: torch.dtype, options: frozenset[tuple[str, Any]]) -> int:
+@functools.lru_cache(maxsize=256)
+def _measure_step(shape: tuple[int, ...], dtype: torch.dtype, options: tuple[tuple[str, Any], ...]) -> tuple[int]:
+    param, optimizer = _stepped(shape, dtype, options)
+    param.grad = _gradient(shape, dtype)
+    return (_temporaries(param, optimizer, param.grad, optimizer.step),)
+
+
+@functools.lru_cache(maxsize=256)
+def _measure_attached(
+    shape: tuple[int, ...], dtype: torch.dtype, options: tuple[tuple[str, Any], ...], sample_every: int
+) -> tuple[int, int]:
+    module = nn.Module()
+    param, optimizer = _stepped(shape, dtype, options)
+    module.register_parameter("weight", param)
+    try:
+        optimizer.attach(module, sample_every=sample_every)
+    except ValueError:  # so small that it is kept whole
+        return 0, 0
+    compressor = optimizer._compressor
+    assert compressor is not None  # attached
+    slot = compressor.slots[param]
+    for _ in range(2):  # the second is clipped by what the first has learnt
+        gradient, buffer = _gradient(shape, dtype), slot.bucket.open()
+        compress = functools.partial(compressor.add, slot, gradient)
+        hook = _temporaries(param, optimizer, gradient, compress, buffer.flat)
+        del gradient, compress
+        step = _temporaries(param, optimizer, param, optimizer.step, buffer.flat)
+        param.grad = None
+    return hook, step
+
+
+def _stepped(
+    shape: tuple[int, ...], dtype: torch.dtype, options: tuple[tuple[str, Any], ...]
+) -> tuple[nn.Parameter, SGC]:
     param = nn.Parameter(torch.zeros(shape, dtype=dtype))
-    param.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     optimizer = SGC([param], **dict(options))
     optimizer.check_ranks = False
+    param.grad = _gradient(shape, dtype)
     optimizer.step()
+    param.grad = None
+    return param, optimizer
+
+
+def _gradient(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def _temporaries(
+    param: nn.Parameter, optimizer: SGC, gradient: torch.Tensor, act: Callable[[], Any], *kept: torch.Tensor
+) -> int:
     tracker = Tracker()
-    for tensor, kind in ((param, "weights"), (param.grad, "gradients")):
-        tracker.mark(tensor, kind)
-    for tensor in optimizer.state[param].values():
+    for tensor in (param, gradient, *kept, *optimizer.state[param].values()):
         tracker.mark(tensor, "state")
-    with tracker:
-        optimizer.step()
+    with torch.no_grad(), tracker:
+        act()
     return tracker.peak().temporaries
 
 

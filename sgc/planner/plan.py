@@ -19,7 +19,7 @@ from sgc.planner.optimizers import (
     attached,
     compressor_entries,
     contender,
-    encode_temporaries,
+    hook_temporaries,
     sgc,
     specs,
 )
@@ -29,7 +29,7 @@ from sgc.planner.trace import Held, Info, Run, Trace, infos, trace
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-SKETCHES = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # of which the largest that fits is sought
+SKETCHES = (4, 8, 16, 24, 32, 48, 64, 128)  # of which the largest that fits is sought
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class _Planner:
             found = Held(weights, round(share * held.gradients), state, held.activations, held.temporaries)
             return found.plus(**more._replace(temporaries=0)._asdict()) if any(more) else found
 
-        for held in _compressed(traced, entries) if one.attach is not None else traced.moments:
+        for held in _compressed(traced, entries, one) if one.attach is not None else traced.moments:
             yield on_device(held)
         left = sum(info.bytes for info in trained if info.name not in entries) + FP32 * sum(entries.values())
         step = one.step(self.devices.updated(trained))
@@ -228,9 +228,10 @@ class _Planner:
         return SKETCHES[low] if low >= 0 else None
 
 
-def _compressed(traced: Trace, entries: Mapping[str, int]) -> Iterator[Held]:
+def _compressed(traced: Trace, entries: Mapping[str, int], one: Contender) -> Iterator[Held]:
     """Yield what is held where gradients are freed as soon as they are there, and `entries` numbers kept of each."""
-    sizes = {info.name: info.bytes for info in traced.params}
+    params = {info.name: info for info in traced.params}
+    hooks = hook_temporaries([params[name] for name in entries], one)
     arriving = {at: name for name, at in traced.arrivals.items() if name in entries}
     freed = kept = 0
     for at, held in enumerate(traced.moments):
@@ -238,8 +239,8 @@ def _compressed(traced: Trace, entries: Mapping[str, int]) -> Iterator[Held]:
         if at in arriving:
             name = arriving[at]
             kept += FP32 * entries[name]
-            yield held.plus(gradients=kept - freed, temporaries=encode_temporaries(entries[name]))
-            freed += sizes[name]
+            yield held.plus(gradients=kept - freed, temporaries=hooks[params[name].shape])
+            freed += params[name].bytes
 
 
 __all__ = ["Info", "Plan", "PlanError", "Row", "plan"]

@@ -1,0 +1,99 @@
+"""The command `sgc`: what it prints, what it refuses, and that it comes with the package."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+
+from sgc import cli
+from tests.test_planner import tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def model(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+ARGUMENTS = ["--sequence-length", "8", "--gpu-memory", "2GB"]
+
+
+def test_a_plan_is_printed_with_a_row_for_every_optimizer(model, capsys):
+    assert cli.main(["plan", model, *ARGUMENTS]) == 0
+    out = capsys.readouterr().out
+    for name in ("SGC()", "compressed gradients", "AdamW, fp32 state", "8-bit AdamW", "Adafactor", "GaLore", "APOLLO"):
+        assert name in out
+    for name in ("LoRA", "QLoRA", "SGD", "largest sketch that fits", "2.0 GB of memory, of which 1.0 are kept free"):
+        assert name in out
+    assert "\033" not in out  # no terminal
+
+
+def test_a_plan_as_json_is_json_and_a_plot_is_drawn(model, capsys, tmp_path):
+    assert cli.main(["plan", model, "--sequence-length", "8", "--json", "--plot", str(tmp_path / "plan.png")]) == 0
+    held = json.loads(capsys.readouterr().out)
+    assert held["parameters"] > 0
+    assert held["budget"] is None
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["no-such-model"], "no model 'no-such-model' here"),
+        (["llama-3-8b", "--gpu-memory", "lots"], "memory must be a positive amount"),
+        (["llama-3-8b", "--batch-size", "0"], "batch size must be a whole number of at least 1, got 0"),
+        (["llama-3-8b", "--sequence-length", "9000"], "at most the model's 8192 positions, got 9000"),
+        (["llama-3-8b", "--world-size", "0"], "world size must be at least 1"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence_and_code_2(arguments, words, capsys):
+    assert cli.main(["plan", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert words in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_an_option_that_is_none_ends_in_code_2(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", "gpt2", "--strategy", "magic"])
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(("environment", "colored"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_a_terminal_sees_what_fits_in_green_unless_it_wants_no_color(model, environment, colored):
+    reader, writer = pty.openpty()
+    command = [sys.executable, "-W", "ignore", "-m", "sgc.cli", "plan", model, *ARGUMENTS]
+    inherited = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    try:
+        subprocess.run(
+            command, stdout=writer, stderr=subprocess.DEVNULL, cwd=ROOT, env={**inherited, **environment}, check=True
+        )
+        os.set_blocking(reader, False)
+        shown = os.read(reader, 1 << 20).decode()
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert "fits" in shown
+    assert ("\033[32m" in shown) is colored
+
+
+def test_the_command_comes_with_the_package():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts["sgc"] == "sgc.cli:main"
+
+
+def test_the_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    options = ("--gpu-memory", "--gradient-checkpointing", "--world-size", "--strategy", "--json", "--plot", "--dtype")
+    assert [option for option in options if option not in out] == []
