@@ -147,8 +147,9 @@ def test_pictures_are_opened_as_datasets_opens_them(make, tmp_path):
     assert len(config["id2label"]) == 4
 
 
-def test_texts_are_opened_with_any_classifier(tmp_path):
+def test_texts_are_opened_with_any_classifier(tmp_path, monkeypatch):
     """By column, too: who spoke decides who holds a row."""
+    monkeypatch.setattr(mnist, "MOST_TOKENS", 8)
     words = ["[PAD]", "[UNK]", "good", "bad", "film", "song"]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
