@@ -107,6 +107,18 @@ def test_entries_that_whitening_makes_all_but_equal_are_told_apart(device):
     assert torch.equal(got_value, value)
 
 
+def test_rows_whose_squares_vanish_are_left_out(device):
+    layout = make_layout((4, 64), 64)
+    grid = gradient_of((4, 64), torch.float32, 0, device)
+    grid[2] = 1e-25
+    whitening = whitening_of(grid, layout)
+    index, value = kernel.select(grid, layout, whitening, 5, 0.0)
+    expected = step.select(grid, layout, whitening, 5, 0.0)
+    assert torch.equal(index, expected[0])
+    assert torch.equal(value, expected[1])
+    assert not value[2].any()
+
+
 @settings(max_examples=25)
 @given(
     rows=st.integers(1, 12),
