@@ -21,11 +21,11 @@ INSTALL := $(PIP) install -c constraints.txt
 INSTALL_SGC := PYTHONWARNINGS=ignore $(INSTALL) -q --no-build-isolation -e
 
 .DEFAULT_GOAL := help
-.PHONY: help finetune test test-matrix bench-quality lint format clean
+.PHONY: help finetune test test-matrix bench-quality bench-memory bench-memory-h200 lint format clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
 
 finetune: $(VENV)/.installed-hf ## Fine-tune a small Llama with SGC (ARGS="..." goes to recipes/finetune.py)
 	$(BIN)/accelerate launch $(ACCELERATE_ARGS) recipes/finetune.py $(ARGS)
@@ -38,6 +38,12 @@ test-matrix: $(VENV)/.installed-dev ## Run every harness with every feature, and
 
 bench-quality: $(VENV)/.installed-bench ## Compare optimizers by what they learn (ARGS="--suite instruct --table")
 	$(BIN)/python benchmarks/quality.py $(ARGS)
+
+bench-memory: $(VENV)/.installed-bench ## Measure what a step holds, beside what is planned (ARGS="--suite medium", --table, --plot)
+	$(BIN)/python benchmarks/memory.py $(ARGS)
+
+bench-memory-h200: ## The same of Llama-3-8B's shape on a GPU, within 8 minutes (PYTHON=python3, ARGS="--snapshot F")
+	$(PYTHON) benchmarks/memory.py --suite llama-3-8b $(ARGS)
 
 bench: $(VENV)/.installed-bench ## Time a step and its stages on this CPU (BENCH_ARGS="--smoke"), an hour with all peers
 	for name in step sparsify project recover train growth; do $(BIN)/python benchmarks/bench_$$name.py $(BENCH_ARGS) || exit 1; done

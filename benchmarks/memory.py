@@ -311,6 +311,9 @@ class _history:
 def run(cells: list[Cell], snapshot: Path | None = None) -> None:
     """Measure every cell that has no row, each in its own process, and store a row for each."""
     for cell in cells:
+        if reason := peers.why_not(peers.parse(cell.optimizer)[0]):
+            print(f"{cell.model} {cell.optimizer}: left out, {reason}", flush=True)
+            continue
         with claim(NAME, cell.name) as ours:
             if not ours or cell in done():
                 continue
@@ -455,9 +458,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print planned and measured from the rows")
     parser.add_argument("--plot", type=Path, help="draw the peaks from the rows")
     parser.add_argument("--plot-step", type=Path, help="draw the steps from the rows")
-    parser.add_argument(
-        "--plan", metavar="MODEL", help="store and print the plan of a model, with activations recomputed"
-    )
+    parser.add_argument("--plan", metavar="MODEL", help="store and print the plan of a model, checkpointed")
     parser.add_argument("--snapshot", type=Path, help="on a GPU: the allocator's history, for pytorch.org/memory_viz")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     given = parser.parse_args()

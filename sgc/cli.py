@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -46,7 +45,9 @@ def _plan(given: argparse.Namespace) -> int:
 
 
 def _doctor() -> int:
-    print(importlib.import_module("sgc.doctor").report())
+    from sgc.doctor import report
+
+    print(report())
     return 0
 
 
