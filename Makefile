@@ -25,7 +25,7 @@ INSTALL_SGC := PYTHONWARNINGS=ignore $(INSTALL) -q --no-build-isolation -e
 .DELETE_ON_ERROR:
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
 
 finetune: $(VENV)/.installed-hf ## Fine-tune a small Llama with SGC (ARGS="..." goes to recipes/finetune.py)
 	$(BIN)/accelerate launch $(ACCELERATE_ARGS) recipes/finetune.py $(ARGS)
