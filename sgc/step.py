@@ -156,7 +156,7 @@ def _recover_busy(
     found = fused.decode(target, layout, projection, group["recovered"], group["recovery"], take=take)
     if found is not None:
         return found
-    busy = target.abs().amax(1) != 0  # `any` is five times slower on a CPU
+    busy = target.abs().amax(1) != 0  # `any` is several times slower on a CPU
     arguments = (layout.chunk, projection, group["recovered"], group["recovery"])
     if busy.all():
         index, value = recover(target, *arguments, lengths)
