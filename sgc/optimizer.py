@@ -126,7 +126,8 @@ class SGC(torch.optim.Optimizer):
         self._grad_norm = math.nan
         self._skipped = 0
         self._batches: dict[torch.device, Batch] = {}
-        self._unsettled: deque[tuple[list[float], list[Pending]]] = deque()  # norms known and to come, by step
+        self._unsettled: deque[tuple[list[float], dict[torch.device, Pending]]] = deque()  # norms known, norms to come
+        self._unborn: dict[Tensor, None] = {}  # whose state a batch has made, perhaps for a gradient that is not finite
         self._compared = False
         self._compressor: Compressor | None = None
         self._given: list[weakref.ref[Tensor]] = getattr(self, "_given", [])  # a sharding harness may replace them
@@ -299,7 +300,7 @@ class SGC(torch.optim.Optimizer):
                 self._skipped += 1
             elif norm >= 0:
                 self._update(number, param, gradient, group, moves=norm > 0)
-        self._unsettled.append((norms, [self._batches[device].update(batch) for device, batch in batches.items()]))
+        self._unsettled.append((norms, {device: self._batches[device].update(batches[device]) for device in batches}))
         if not batches:
             self._settle()
         return loss
@@ -340,14 +341,23 @@ class SGC(torch.optim.Optimizer):
         decay, signed_lr = lr * group["weight_decay"], -lr if group["maximize"] else lr
         if layout is not None:
             signed_lr *= moments.update_scale(param.numel(), layout.chunks, layout.chunk, group)
+        if not self.state[param]:
+            self._unborn[param] = None
         state, seed, stochastic = self._state_of(param, group), self._seed(number, group), group["stochastic_rounding"]
         return Entry(param, gradient, state, layout, signed_lr, decay, group["eps"], group["betas"], seed, stochastic)
 
     def _settle(self, wait: bool = True) -> None:
         """Learn which of the last updates were none, where kernels decided it; without `wait`, what is known by now."""
-        while self._unsettled and (wait or all(pending.ready() for pending in self._unsettled[0][1])):
+        while self._unsettled and (wait or all(one.ready() for one in self._unsettled[0][1].values())):
             norms, pending = self._unsettled.popleft()
-            found = [norm for one in pending for norm in one.settle()]
+            found = []
+            for one in pending.values():
+                found += one.settle()
+                for param, norm in zip(one.weights, found[-len(one.weights) :], strict=True):
+                    if math.isfinite(norm):
+                        self._unborn.pop(param, None)
+                    elif param in self._unborn and self.state[param]["step"] == 0:
+                        del self.state[param], self._unborn[param]
             self._skipped += sum(not math.isfinite(norm) for norm in found)
             self._grad_norm = math.hypot(*(norm for norm in [*norms, *found] if not norm < 0))
 

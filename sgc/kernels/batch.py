@@ -103,7 +103,10 @@ class Plan(NamedTuple):
 class Pending:
     """The norms of one call, on their way to the host."""
 
-    def __init__(self, norms: Tensor, steps: list[Tensor], slots: list[int], settled: list[int]) -> None:
+    def __init__(
+        self, norms: Tensor, weights: list[Tensor], steps: list[Tensor], slots: list[int], settled: list[int]
+    ) -> None:
+        self.weights = weights
         self._steps, self._slots, self._settled = steps, slots, settled
         self._event = torch.cuda.Event() if norms.is_cuda else None
         self._norms = torch.empty(norms.shape, dtype=norms.dtype, pin_memory=norms.is_cuda)
@@ -158,10 +161,11 @@ class Batch:
         for launch in plan.launches:
             self._run(launch, table, missed)
         self._missed.index_copy_(0, plan.slots_there, plan.missed_now)
-        torch.autograd.graph.increment_version([e.weight for e in entries])
+        weights = [e.weight for e in entries]
+        torch.autograd.graph.increment_version(weights)
         steps = [e.state["step"] for e in entries]
         torch._foreach_add_(steps, 1)
-        return Pending(norms, steps, plan.slots, self._settled)
+        return Pending(norms, weights, steps, plan.slots, self._settled)
 
     def _run(self, launch: Launch, table: Tensor, missed: tuple[Tensor, Tensor, Tensor, int]) -> None:
         kind, count, norms = launch.kind, missed[-1], missed[1]
