@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.suites import SUITES, Setting, Suite
 
-BLOCK = re.compile(r"(<!-- (table|rates): ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (table|rates|gains): ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
 
@@ -179,11 +179,39 @@ def rate_table(suite: Suite, found: list[Row]) -> str:
     return "\n".join(lines).strip()
 
 
+DRAWN = {"table": table, "rates": rate_table}
+
+
+def gain_table(chosen: list[Suite], found: list[Row]) -> str:
+    """Draw by how much each optimizer beats the frozen body, as a share of AdamW's gain, task by task, and in the mean.
+
+    Only optimizers of which no run is missing in any of the suites are drawn, and each must be in all of them.
+    """
+    settings = [(suite, suite.settings[0]) for suite in chosen]
+    names = [name for name in chosen[0].optimizers if all(complete(found, at, name, suite) for suite, at in settings)]
+    head = ["optimizer", *(title(at) for _, at in settings), "mean"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    rows = {}
+    for name in names:
+        shares = []
+        for suite, at in settings:
+            mean, frozen, adamw = (
+                statistics.fmean(run["metric"] for run in best_runs(found, at, each, suite))
+                for each in (name, "frozen", "adamw")
+            )
+            shares.append((mean - frozen) / (adamw - frozen))
+        rows[name] = [*shares, statistics.fmean(shares)]
+    for name, shares in sorted(rows.items(), key=lambda item: -item[1][-1]):
+        lines.append(f"| `{name}` | " + " | ".join(f"{share:.0%}" for share in shares) + " |")
+    return "\n".join(lines)
+
+
 def fill(text: str, found: list[Row]) -> str:
     """Put the tables of today's rows where a page asks for them.
 
     Args:
-        text: with blocks `<!-- table: SUITE -->` (or `rates: SUITE`) … `<!-- end -->`; what is between is replaced.
+        text: with blocks `<!-- table: SUITE -->` … `<!-- end -->`, what is between is replaced; also `rates: SUITE` and
+            `gains: SUITE SUITE`.
         found: rows.
 
     Raises:
@@ -191,10 +219,11 @@ def fill(text: str, found: list[Row]) -> str:
     """
 
     def block(match: re.Match[str]) -> str:
-        begin, kind, name, end = match.groups()
-        if name not in SUITES:
-            raise ValueError(f"a table must be of one of {', '.join(SUITES)}, got {name!r}")
-        drawn = {"table": table, "rates": rate_table}[kind](SUITES[name], found)
+        begin, kind, names, end = match.groups()
+        if unknown := [name for name in names.split() if name not in SUITES]:
+            raise ValueError(f"a table must be of one of {', '.join(SUITES)}, got {unknown[0]!r}")
+        chosen = [SUITES[name] for name in names.split()]
+        drawn = gain_table(chosen, found) if kind == "gains" else DRAWN[kind](chosen[0], found)
         return f"{begin}{drawn}\n{end}"
 
     filled, count = BLOCK.subn(block, text)

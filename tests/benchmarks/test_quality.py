@@ -233,6 +233,19 @@ def test_the_tables_of_a_page_are_drawn_from_the_rows(results, tmp_path, monkeyp
         tables.fill("nothing", [])
 
 
+def test_gains_are_shares_of_adamws_over_the_frozen_body(monkeypatch):
+    suite = Suite((SETTING,), ("adamw", "frozen", "sgc()", "came"), {"": (1e-2,)}, (0, 1))
+    monkeypatch.setitem(suites.SUITES, "small", suite)
+    means = {"adamw": 0.6, "frozen": 0.2, "sgc()": 0.7}
+    found = [row(name, 1e-2, seed, mean + (seed - 0.5) / 10) for name, mean in means.items() for seed in (0, 1)]
+    found.append(row("came", 1e-2, 0, 0.9))  # its other seed is missing
+    text = tables.fill("<!-- gains: small small -->\n<!-- end -->", found)
+    assert text.splitlines()[3:-1] == [
+        "| `sgc()` | 125% | 125% | 125% |",
+        *(f"| `{name}` | {share} | {share} | {share} |" for name, share in (("adamw", "100%"), ("frozen", "0%"))),
+    ]
+
+
 # ---- models and data of one's own ------------------------------------------------------------------------------------
 
 
