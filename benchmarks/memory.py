@@ -459,6 +459,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw the peaks from the rows")
     parser.add_argument("--plot-step", type=Path, help="draw the steps from the rows")
     parser.add_argument("--plan", metavar="MODEL", help="store and print the plan of a model, checkpointed")
+    parser.add_argument("--loss", choices=("plain", "chunked"), default="plain", help="of --plan")
     parser.add_argument("--snapshot", type=Path, help="on a GPU: the allocator's history, for pytorch.org/memory_viz")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -466,7 +467,7 @@ def main() -> None:
         print(json.dumps(measure(Cell(**json.loads(given.cell)), given.snapshot)))
         return
     if given.plan:
-        store_plan(given.plan, given.plot)
+        store_plan(given.plan, given.plot, given.optimizer, given.loss)
         return
     cells = _chosen(given)
     if given.table or given.plot or given.plot_step:
@@ -478,11 +479,12 @@ def main() -> None:
     run(cells, given.snapshot)
 
 
-def store_plan(model: str, picture: Path | None) -> None:
+def store_plan(model: str, picture: Path | None, optimizers: list[str] | None, loss: str) -> None:
     """Plan a step of a large model, print the plan, and store a row for every optimizer."""
-    found = plan(model, gpu_memory="24GB", gradient_checkpointing=True)
+    memory = None if optimizers else "24GB"
+    found = plan(model, gpu_memory=memory, gradient_checkpointing=True, loss=loss, optimizers=optimizers)
     print(found.table())
-    fixed = {"model": model, "parameters": found.parameters, "batch_size": 1, "sequence_length": 2048}
+    fixed = {"model": model, "parameters": found.parameters, "batch_size": 1, "sequence_length": 2048, "loss": loss}
     for row in found.rows:
         at_peak = None if row.at_peak is None else row.at_peak._asdict()
         sizes = {"state_bytes": row.state, "peak_bytes": row.peak, "at_peak": at_peak, "fits_24GB": row.fits}
