@@ -139,12 +139,20 @@ def steps() -> None:
         numbers, key=lambda n: statistics.fmean([r["accuracy"] for r in found[n].values()] or [0])
     )
     lines = []
+    gains: dict[tuple[str, str], list[float]] = {}
     for name, link in links:
         for split in ("biased", "iid"):
             found = {n: runs("steps", split=split, steps=n, **link) for n in numbers}
-            changes = [interval(between(found[30], found[10])), interval(between(found[100], found[10]))]
+            gains[name, split] = between(found[30], found[10])
+            changes = [interval(gains[name, split]), interval(between(found[100], found[10]))]
             lines.append([f"{name}, {split}", *map(mean, found.values()), str(best(found)), *changes])
     table(["", *(f"τ = {n}" for n in numbers), "best τ", "τ = 30 − τ = 10", "τ = 100 − τ = 10"], lines)
+    for name, _ in links:
+        change = interval(map(_minus, gains[name, "biased"], gains[name, "iid"]))
+        print(f"{name}: what τ = 30 gains on τ = 10, biased − IID:", change)
+    for worse in ("5 of 40, analog 10 dB", "5 of 40, analog 0 dB"):
+        change = interval(map(_minus, gains["5 of 40, ideal", "biased"], gains[worse, "biased"]))
+        print(f"the same, biased, ideal downlink − {worse}:", change)
 
 
 if __name__ == "__main__":
