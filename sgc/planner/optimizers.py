@@ -111,7 +111,8 @@ def attached(sample_every: int = 8, **kwargs: Any) -> Contender:
     def step(infos: Sequence[Info]) -> int:
         return max((attached_temporaries(info, options, sample_every)[1] for info in _largest(infos)), default=0)
 
-    label = f"SGC({words}), compressed gradients"
+    every = "" if kwargs.get("sketch_size") else f", sample_every={sample_every}"
+    label = f"{whole.label} attached{every}"
     return replace(whole, spec=f"attached({words})", label=label, step=step, attach=attach, sharded=False)
 
 
