@@ -84,12 +84,12 @@ def test_agrees_with_torch_on_every_shape_and_dtype(shape, dtype, whiten, device
     assert check(shape, dtype, 64, 24, 5, device, whiten)
 
 
-@pytest.mark.parametrize("sparsity", [1, 2, 3, 8, 31])
+@pytest.mark.parametrize("sparsity", [1, 3, 17])
 @pytest.mark.parametrize("chunk_size", [48, 128])
 def test_agrees_with_torch_where_entries_tie(chunk_size, sparsity, device):
     for levels in (1, 3):
         for whiten in (False, True):
-            assert check((6, 192), torch.bfloat16, chunk_size, 33, sparsity, device, whiten, levels)
+            assert check((3, 192), torch.bfloat16, chunk_size, 33, sparsity, device, whiten, levels)
 
 
 def test_entries_that_whitening_makes_all_but_equal_are_told_apart(device):
@@ -119,7 +119,7 @@ def test_rows_whose_squares_vanish_are_left_out(device):
     assert not value[2].any()
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     rows=st.integers(1, 12),
     cols=st.integers(1, 90),
@@ -139,7 +139,7 @@ def test_agrees_with_torch_on_any_size(
 
 @pytest.mark.parametrize(("chunk_size", "sketch_size", "sparsity"), [(256, 32, 4), (1024, 128, 16), (4096, 32, 4)])
 def test_agrees_with_torch_at_the_sizes_in_use(chunk_size, sketch_size, sparsity, device, real_sizes):
-    rows = 3000 if real_sizes else 3
+    rows = 3000 if real_sizes else 1
     assert check((rows, 4096), torch.bfloat16, chunk_size, sketch_size, sparsity, device)
 
 
