@@ -396,7 +396,7 @@ class Compressor:
         self._unsummed = False
         self._callback_queued = False
         self._order: list[Bucket] = []
-        self._alone = _world_size() == 1
+        self._alone = not _has_group()
         self._take_back: Callable[[], Any] = lambda: None
         for param in self.slots:
             other = _attached.get(param)
@@ -448,7 +448,7 @@ class Compressor:
             owner = compressor()
             if owner is not None and not isinstance(param.grad, CompressedGradient):
                 _refuse_deepspeed(param)
-                if owner._alone and _world_size() > 1:
+                if owner._alone and _has_group():
                     raise RuntimeError("call optimizer.attach(model) after torch.distributed.init_process_group")
                 gradient, param.grad = param.grad, None
                 if gradient is not None:
@@ -725,8 +725,9 @@ class _Ignored(set[str]):
         return set, (list(self._before),)
 
 
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def _has_group() -> bool:
+    """Whether there is a process group, be it of one rank: DistributedDataParallel works alike in all."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def _unignore(

@@ -84,6 +84,30 @@ def test_ranks_stay_bit_identical(processes, rule, attach, dtype):
     processes.run(check_identical, attach, steps, rule, dtype, 1)
 
 
+def alone(ddp):
+    torch.manual_seed(0)
+    model = Routed()
+    optimizer = SGC(model.parameters(), **SKETCHED).attach(model)
+    forward = DistributedDataParallel(model, find_unused_parameters=True) if ddp else model
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        x = torch.randn(8, 32, generator=generator)
+        (forward(x, 0) - x.flip(1)).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(forward.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(model)
+
+
+def test_one_rank_alone_trains_as_a_process_without_ranks():
+    pool = Processes(1)
+    try:
+        (under_ddp,) = pool.run(alone, True)
+    finally:
+        pool.close()
+    torch.testing.assert_close(under_ddp, alone(False), rtol=0, atol=1e-6)
+
+
 def test_ranks_stay_bit_identical_with_accumulation(processes):
     processes.run(check_identical, True, 20, "residual", torch.float32, 3)
 
