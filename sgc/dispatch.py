@@ -51,13 +51,13 @@ def choose(stage: str, device: torch.device, obstacle: str | None = None) -> Cho
     mode = requested()
     if mode in ("torch", "numba"):
         return Choice("torch", f"{VARIABLE}={mode}")
+    if mode == "auto" and device.type != "cuda":
+        return Choice("torch", f"on {device.type} torch is the path")
     missing = _missing(device.type, _index(device))
     if mode == "triton":
         if missing is not None:
             raise RuntimeError(f"{VARIABLE}=triton asks for kernels on {device}, but {missing}")
         fused = Choice("triton", f"{VARIABLE}=triton")
-    elif device.type != "cuda":
-        return Choice("torch", f"on {device.type} torch is the path")
     elif missing is not None:
         return _fall_back(stage, missing)
     else:

@@ -203,10 +203,11 @@ def square_sums(grid: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 
 def means(row: Tensor, col: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Turn the sums over rows and columns into means, in place, padding left out."""
-    ragged = layout.rows * layout.cols - layout.numel  # a vector's last grid row ends early
     row /= layout.cols
-    row[-1:] *= layout.cols / (layout.cols - ragged)
     col /= layout.rows
+    ragged = layout.rows * layout.cols - layout.numel  # a vector's last grid row ends early
+    if ragged:
+        row[-1:] *= layout.cols / (layout.cols - ragged)
     if ragged and layout.rows > 1:
         col[-ragged:] *= layout.rows / (layout.rows - 1)
     return row, col
