@@ -121,6 +121,7 @@ SUITES = {
     "small": Suite(
         tuple(Setting("instruct", 150, 8, rows) for rows in (64, 256, 1024)),
         ("adamw", "sgc()", "lora(rank=8)"),
+        rates={"": (3e-4, 1e-3, 3e-3), "lora": (1e-3, 3e-3, 1e-2)},
     ),
     "shakespeare": Suite(
         (Setting("shakespeare", 150, 8),),
