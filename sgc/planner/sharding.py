@@ -19,7 +19,7 @@ from sgc.optimizer import SGC
 from sgc.planner.models import PlanError
 from sgc.planner.optimizers import FP32, Contender
 from sgc.planner.trace import Held, Info
-from sgc.zero import Piece
+from sgc.zero import Piece, piece_schema
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 REDUCE_BUCKET = 500_000_000  # entries of the bucket in which ZeRO-2 collects gradients (DeepSpeed's default)
@@ -149,20 +149,6 @@ def _partition_bytes(infos: Sequence[Info], group: Any, world_size: int) -> int:
     for number, info in enumerate(infos):
         for rank in range(begin // size, math.ceil((begin + info.numel) / size)):
             start, stop = max(rank * size - begin, 0), min((rank + 1) * size - begin, info.numel)
-            held[rank] += _piece_bytes(Piece(number, info.shape, start, stop, 0), group)
+            held[rank] += memory.schema_bytes(piece_schema(Piece(number, info.shape, start, stop, 0), group))
         begin += info.numel
     return max(held)
-
-
-def _piece_bytes(piece: Piece, group: Any) -> int:
-    layout = memory.tensor_layout(piece.shape, group)
-    if layout is None:
-        return 2 * FP32 * piece.numel + FP32
-    schema = memory.state_schema(piece.shape, group)
-    chunks = piece.window(layout).chunks
-    share = (chunks.stop - chunks.start) / layout.chunks
-    total = 0.0
-    for name, (shape, dtype) in schema.items():
-        size = math.prod(shape) * dtype.itemsize
-        total += size if name in ("step", "row", "col") else size * share
-    return round(total)
