@@ -9,7 +9,6 @@ operations over the rate of a matrix product, whichever is more, both measured i
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 from collections.abc import Callable
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from benchmarks import harness
-from benchmarks.bench_sparsify import ENTRIES, on, paths, problem, record
+from benchmarks.bench_sparsify import on, paths, problem, record, setting
 from sgc.codec.project import Projection
 from sgc.step import encode, select
 
@@ -31,16 +30,7 @@ SIZES = ((256, 8, 1), (256, 32, 4), (256, 64, 8), (1024, 32, 4), (1024, 128, 16)
 
 def main() -> None:
     """Measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", help="default: the GPU where there is one")
-    parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of one size")
-    parser.add_argument("--smoke", action="store_true", help="small tensors, no rows")
-    arguments = parser.parse_args()
-    device = harness.device_of(arguments.device)
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    entries, seconds = (1 << 18, 1.0) if arguments.smoke else (ENTRIES[device.type], arguments.seconds)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    arguments, device, entries, dtype = setting(__doc__)
     rates = harness.floors(device, dtype)
     for n, k, s in SIZES[:2] if arguments.smoke else SIZES:
         grid, layout, whitening = problem(entries, n, device)
@@ -54,7 +44,7 @@ def main() -> None:
             if path != "triton":  # there it has no kernel of its own
                 calls[f"project {path}"] = on(path, functools.partial(projection.project, index, value, n))
             calls[f"encode {path}"] = on(path, functools.partial(encode, grid, layout, whitening, projection, group))
-        found = harness.interleave(calls, device, repeats=15, seconds=seconds)
+        found = harness.interleave(calls, device, repeats=15, seconds=arguments.seconds)
         sketch = layout.chunks * k
         operations = 2 * sketch * s / rates["matrix_flops_per_s"]
         project = max((layout.chunks * s * 12 + sketch * 4) / rates["copy_bytes_per_s"], operations)

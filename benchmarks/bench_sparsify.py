@@ -69,9 +69,9 @@ def record(
             harness.add_row(name, {**row, "load_average": os.getloadavg()[0]})
 
 
-def main() -> None:
-    """Measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def setting(question: str) -> tuple[argparse.Namespace, torch.device, int, torch.dtype]:
+    """Read the command line: `smoke` and `seconds`, the device, and how many entries of which dtype are timed there."""
+    parser = argparse.ArgumentParser(description=question, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", help="default: the GPU where there is one")
     parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of one size")
     parser.add_argument("--smoke", action="store_true", help="small tensors, no rows")
@@ -79,8 +79,15 @@ def main() -> None:
     device = harness.device_of(arguments.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    entries, seconds = (1 << 18, 1.0) if arguments.smoke else (ENTRIES[device.type], arguments.seconds)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if arguments.smoke:
+        arguments.seconds = 1.0
+    entries = 1 << 18 if arguments.smoke else ENTRIES[device.type]
+    return arguments, device, entries, torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def main() -> None:
+    """Measure."""
+    arguments, device, entries, dtype = setting(__doc__)
     rate = harness.floors(device, dtype)["copy_bytes_per_s"]
     for number, (n, s) in enumerate(SIZES[:2] if arguments.smoke else SIZES):
         grid, layout, whitening = problem(entries, n, device)
@@ -91,7 +98,7 @@ def main() -> None:
             if number == 0:
                 calls[f"statistics {path}"] = on(path, functools.partial(square_sums, grid, layout))
             calls[f"select {path}"] = on(path, functools.partial(select, grid, layout, whitening, s, 1e-8))
-        found = harness.interleave(calls, device, repeats=15, seconds=seconds)
+        found = harness.interleave(calls, device, repeats=15, seconds=arguments.seconds)
         read = grid.nbytes / rate
         floor = {"statistics": read, "select": read + layout.chunks * s * 12 / rate, "topk": read}
         shared = {"n": n, "s": s, "entries": grid.numel(), "device": device.type, "dtype": str(dtype)[6:]}

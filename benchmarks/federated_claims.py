@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +135,10 @@ def steps() -> None:
         ("5 of 40, analog 10 dB", {"participants": 5, "downlink": "analog", "snr_db": 10.0}),
         ("5 of 40, analog 0 dB", {"participants": 5, "downlink": "analog", "snr_db": 0.0}),
     ]
-    best: Callable[[dict[int, Runs]], int] = lambda found: max(  # noqa: E731
-        numbers, key=lambda n: statistics.fmean([r["accuracy"] for r in found[n].values()] or [0])
-    )
+
+    def best(found: dict[int, Runs]) -> int:
+        return max(numbers, key=lambda n: statistics.fmean([r["accuracy"] for r in found[n].values()] or [0]))
+
     lines = []
     gains: dict[tuple[str, str], list[float]] = {}
     for name, link in links:

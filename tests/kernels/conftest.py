@@ -1,5 +1,7 @@
 """Kernels run compiled where there is a GPU, at real sizes, and else in Triton's interpreter, at small ones."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -19,3 +21,11 @@ def real_sizes() -> bool:
 def forced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every stage take its kernel, on a CPU too."""
     monkeypatch.setenv("SGC_KERNELS", "triton")
+
+
+@pytest.fixture(scope="module")
+def twins_in_torch() -> Iterator[None]:
+    """Keep twins from being kernels themselves, where kernels are called directly."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("SGC_KERNELS", "torch")
+        yield

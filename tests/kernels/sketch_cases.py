@@ -1,10 +1,22 @@
-"""Launches of the sketch path's kernels, for `tests.kernels.compiled`: all that training makes, and at all sizes."""
+"""Shapes for the sketch path's kernels, and launches of them for `tests.kernels.compiled`: of training, at all sizes."""
 
 import torch
 
 from sgc.codec.layout import make_layout
 from sgc.codec.project import Projection
 from sgc.kernels import decode, encode
+
+SHAPES = {
+    "one chunk a row": (9, 64),
+    "several chunks a row": (5, 192),
+    "padded rows": (5, 77),
+    "short rows share a chunk": (40, 6),
+    "short rows, ragged last chunk": (41, 6),
+    "vector": (256,),
+    "vector, ragged": (250,),
+    "one row": (1, 130),
+    "experts": (3, 5, 64),
+}
 
 # shape, chunk_size, sketch_size, sparsity, dtype of gradient and weight
 LOADS = [((512, 1024), 256, 32, 4, torch.bfloat16)]

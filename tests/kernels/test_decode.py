@@ -9,32 +9,15 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from sgc import dispatch, step
+from sgc import step
 from sgc.codec.layout import make_layout
 from sgc.codec.project import Projection
 from sgc.codec.recover import RIDGE, recover
 from sgc.kernels import decode as kernel
+from tests.kernels.sketch_cases import SHAPES
 from tests.tolerances import CORRELATION, EPS, EPS_BF16, SIGMAS, SUM
 
-SHAPES = {
-    "one chunk a row": (9, 64),
-    "several chunks a row": (5, 192),
-    "padded rows": (5, 77),
-    "short rows share a chunk": (40, 6),
-    "short rows, ragged last chunk": (41, 6),
-    "vector": (256,),
-    "vector, ragged": (250,),
-    "one row": (1, 130),
-    "experts": (3, 5, 64),
-}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _twins_in_torch():
-    """Kernels are called directly here, and their twins must not be kernels themselves."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv(dispatch.VARIABLE, "torch")
-        yield
+pytestmark = pytest.mark.usefixtures("twins_in_torch")
 
 
 def sketches_of(layout, sketch_size, seed, device):

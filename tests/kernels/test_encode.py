@@ -7,32 +7,16 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from sgc import dispatch, moments, step
+from sgc import moments, step
 from sgc.codec.layout import make_layout
 from sgc.codec.project import Projection
 from sgc.kernels import encode as kernel
+from tests.kernels.sketch_cases import SHAPES
 from tests.tolerances import SUM
 
+pytestmark = pytest.mark.usefixtures("twins_in_torch")
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = {
-    "one chunk a row": (9, 64),
-    "several chunks a row": (5, 192),
-    "padded rows": (5, 77),
-    "short rows share a chunk": (40, 6),
-    "short rows, ragged last chunk": (41, 6),
-    "vector": (256,),
-    "vector, ragged": (250,),
-    "one row": (1, 130),
-    "experts": (3, 5, 64),
-}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _twins_in_torch():
-    """Kernels are called directly here, and their twins must not be kernels themselves."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv(dispatch.VARIABLE, "torch")
-        yield
 
 
 def gradient_of(shape, dtype, seed, device, levels=None):
