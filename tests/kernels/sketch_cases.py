@@ -1,4 +1,4 @@
-"""Shapes for the sketch path's kernels, and launches of them for `tests.kernels.compiled`: of training, at all sizes."""
+"""Shapes for the kernels of the sketch path, and launches of them for `tests.kernels.compiled`, at all sizes."""
 
 import torch
 
