@@ -1,6 +1,6 @@
 """Rounds per second: the simulator against a plain loop over devices and Flower's simulation of the same FedAvg round.
 
-python benchmarks/bench_rounds.py --data ../shared/data/mnist                 # softmax and CNN, 40 devices
+python benchmarks/bench_rounds.py --data path/to/mnist                 # softmax and CNN, 40 devices
 
 One run on one machine. Everything before the first timed round is left out: Flower's start-up and its first two rounds,
 two rounds of each of ours. The loop and the simulator are timed in turns before and after Flower; each row has every
@@ -29,6 +29,7 @@ import torch
 
 import federated_mnist
 from benchmarks import harness
+from benchmarks.tasks import SHARED
 from federated import partition
 from federated.device import Batches, Flat, LocalTraining, draw_batches, updates_in_a_loop
 from federated.draws import Draws
@@ -136,7 +137,7 @@ def flower(folder: str, model: str, rounds: int) -> list[float]:
 def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="../shared/data/mnist", help="a folder with MNIST's idx files")
+    parser.add_argument("--data", default=SHARED / "mnist", help="a folder with MNIST's idx files")
     parser.add_argument("--model", choices=ROUNDS, action="append")
     parser.add_argument("--rounds", type=int, default=10, help="timed rounds of Flower")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """The papers' figures on MNIST, as rows with commit, machine and versions; then the figures of docs/federated.md.
 
-python benchmarks/federated_sweep.py --data ../shared/data/mnist            # all that is missing; stop it at any time
-python benchmarks/federated_sweep.py --data ../shared/data/mnist --sweep antennas --draw docs
+python benchmarks/federated_sweep.py --data path/to/mnist            # all that is missing; stop it at any time
+python benchmarks/federated_sweep.py --data path/to/mnist --sweep antennas --draw docs
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python recipes/federated_mnist.py --scheme blind --antennas 80        # one of the wireless systems
     python recipes/federated_mnist.py --scheme noisy-downlink --downlink digital --split biased
     python recipes/federated_mnist.py --dataset mnist                     # from the hub
-    python recipes/federated_mnist.py --dataset ../shared/data/mnist      # a folder with the original idx files
+    python recipes/federated_mnist.py --dataset path/to/mnist             # a folder with the original idx files
     python recipes/federated_mnist.py --dataset cifar10 --model vit       # any set of images of one size on the hub
     python recipes/federated_mnist.py --dataset imdb --model_name_or_path MODEL   # any set of texts, any classifier
     python recipes/federated_mnist.py --resume                            # after kill -9; bit-equal
