@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("model", help="a built-in shape such as llama-3-8b, a folder, a config.json or a hub name")
     plan.add_argument("--gpu-memory", metavar="SIZE", help='of a device: "24GB", "24GiB", "24e9"')
     plan.add_argument("--batch-size", type=int, default=1, metavar="N", help="rows on each device (1)")
-    plan.add_argument("--sequence-length", type=int, default=2048, metavar="N", help="tokens of a row (2048)")
+    plan.add_argument(
+        "--sequence-length", type=int, metavar="N", help="tokens of a row (2048, or all the model's positions)"
+    )
     plan.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in backward")
     plan.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"), help="of the weights (bf16)")
     plan.add_argument("--loss", default="plain", choices=("plain", "chunked"), help="how logits become a loss (plain)")

@@ -13,7 +13,7 @@ from transformers import AutoConfig, LlamaConfig
 import sgc
 from benchmarks import memory, peers
 from sgc.planner import BUILT_IN, PlanError, adapters, optimizers, plan
-from sgc.planner.models import load_config, make_model, parse_bytes
+from sgc.planner.models import check_run, load_config, make_model, parse_bytes
 from sgc.planner.sharding import Devices
 from sgc.planner.trace import Held, Info, Run, Tracker, checkpointed, fake, infos, loss_of, trace
 
@@ -81,6 +81,11 @@ def test_a_built_in_shape_has_the_published_number_of_parameters(name):
     with torch.device("meta"):
         model = make_model(load_config(name), torch.bfloat16)
     assert sum(param.numel() for param in model.parameters()) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(("name", "length"), [("gpt2", 1024), ("llama-3-8b", 2048)])
+def test_a_row_is_as_long_as_the_model_can_take_up_to_2048_tokens(name, length):
+    assert check_run(load_config(name), 1, None) == length
 
 
 def test_a_folder_a_file_and_a_configuration_are_the_same_model(tmp_path):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SEQUENCE_LENGTH = 2048  # tokens of a row, where the model has so many positions
 UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -186,18 +187,21 @@ def make_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def check_run(config: PretrainedConfig, batch_size: int, sequence_length: int) -> None:
-    """Refuse a batch that the model can't take.
+def check_run(config: PretrainedConfig, batch_size: int, sequence_length: int | None) -> int:
+    """Refuse a batch that the model can't take, and give the tokens of a row: by default 2048, or all that it has.
 
     Raises:
         PlanError: a size is below 1, or the sequence has more tokens than the model has positions.
     """
+    positions = getattr(config, "max_position_embeddings", None)
+    if sequence_length is None:
+        sequence_length = SEQUENCE_LENGTH if positions is None else min(SEQUENCE_LENGTH, positions)
     for name, size in (("batch size", batch_size), ("sequence length", sequence_length)):
         if not (isinstance(size, int) and size >= 1):
             raise PlanError(f"the {name} must be a whole number of at least 1, got {size!r}")
-    positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and sequence_length > positions:
         raise PlanError(f"the sequence length must be at most the model's {positions} positions, got {sequence_length}")
+    return sequence_length
 
 
 def _transformers() -> Any:

@@ -95,7 +95,7 @@ def plan(
     *,
     gpu_memory: str | float | None = None,
     batch_size: int = 1,
-    sequence_length: int = 2048,
+    sequence_length: int | None = None,
     gradient_checkpointing: bool = False,
     dtype: str = "bf16",
     loss: str = "plain",
@@ -114,7 +114,7 @@ def plan(
             configuration.
         gpu_memory: of a device, as "24GB", "24GiB" or bytes; None: nothing is said about what fits.
         batch_size: rows on each device.
-        sequence_length: tokens of a row.
+        sequence_length: tokens of a row; None: 2048, or all the positions that the model has.
         gradient_checkpointing: recompute the activations of every block in backward.
         dtype: of the weights, "bf16", "fp16" or "fp32".
         loss: "plain", as the model computes it, or "chunked", with torch's linear_cross_entropy (torch 2.13).
@@ -132,7 +132,7 @@ def plan(
     Source: ours.
     """
     config = load_config(model)
-    check_run(config, batch_size, sequence_length)
+    sequence_length = check_run(config, batch_size, sequence_length)
     if dtype not in DTYPES:
         raise PlanError(f"the dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if loss not in ("plain", "chunked"):
