@@ -21,7 +21,7 @@ from torch import Tensor
 from sgc import dispatch
 
 PART_ENTRIES = 1 << 18  # rows or chunks of so many entries are one task, whatever the number of threads
-BLOCK_ENTRIES = 1 << 22  # entries of a 16-bit gradient that are turned to fp32 at a time
+BLOCK_ENTRIES = 1 << 20  # entries of a 16-bit gradient that are turned to fp32 at a time
 MOST_INSERTED = 128  # beyond so many entries of a chunk, insertion takes longer than torch's partition
 _FP32 = torch.float32  # whatever torch's default dtype
 _pools: dict[int, ThreadPoolExecutor] = {}

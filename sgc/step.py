@@ -300,7 +300,7 @@ def encode(
     p = torch.empty(shape, dtype=torch.float32, device=grid.device)
     q = torch.empty_like(p) if squares else None
     for rows, chunks in layout.blocks(_block_entries(group["sparsity"])):
-        block = grid[rows] if factor is None else grid[rows].float() * factor
+        block = grid[rows] if factor is None else grid[rows].to(torch.float32, copy=True).mul_(factor)
         index, value = _select_block(block, layout, whitening, rows, group["sparsity"], group["eps"])
         p[chunks] = projection.project(index, value, layout.chunk)
         if q is not None:

@@ -203,7 +203,7 @@ def test_compressed_gradients_of_adapters_see_no_difference_with_checkpointing(t
         runs[-1].train()
     assert losses(runs[0]) == losses(runs[1])
     assert not differing(*(bits(run.model) for run in runs))
-    assert losses(runs[0])[-1] < losses(runs[0])[0]
+    assert differing(bits(adapted()), bits(runs[0].model))
 
 
 def test_whole_gradients_of_adapters_never_pile_up():
