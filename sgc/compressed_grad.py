@@ -425,7 +425,7 @@ class Compressor:
 
     def check_ranks(self) -> None:
         """Refuse to train several ranks apart."""
-        if self._order and not self.joined:
+        if self._order and not self.joined and dist.get_world_size() > 1:
             raise RuntimeError(
                 "several processes run, and the attached model was not called through DistributedDataParallel: wrap "
                 "it, or where every rank trains a model of its own, set `optimizer.check_ranks = False`"

@@ -102,10 +102,11 @@ def alone(ddp):
 def test_one_rank_alone_trains_as_a_process_without_ranks():
     pool = Processes(1)
     try:
-        (under_ddp,) = pool.run(alone, True)
+        (under_ddp,), (unwrapped,) = pool.run(alone, True), pool.run(alone, False)
     finally:
         pool.close()
-    torch.testing.assert_close(under_ddp, alone(False), rtol=0, atol=1e-6)
+    for trained in (under_ddp, unwrapped):
+        torch.testing.assert_close(trained, alone(False), rtol=0, atol=1e-6)
 
 
 def test_ranks_stay_bit_identical_with_accumulation(processes):
