@@ -352,14 +352,24 @@ class RadioStrategy(Strategy):
         Raises:
             RuntimeError: they did not come in time, or two of them say they are the same device.
         """
-        end = time.monotonic() + self.timeout
-        while len(found := list(grid.get_node_ids())) < self.num_devices:
-            if time.monotonic() > end:
-                raise RuntimeError(f"{self.num_devices} nodes are needed, {len(found)} came in {self.timeout:.0f} s")
-            time.sleep(0.2)  # a Grid has no call that waits for nodes
+        found = wait_for_nodes(grid, self.num_devices, "nodes", self.timeout)
         replies = grid.send_and_receive([Message(RecordDict(), node, QUERY) for node in found], timeout=self.timeout)
         for reply in replies:
             if reply.has_content():
                 self.nodes[_number(reply.content["metrics"])] = reply.metadata.src_node_id
         if sorted(self.nodes) != list(range(self.num_devices)):
             raise RuntimeError(f"the nodes must be devices 0 to {self.num_devices - 1}, they are {sorted(self.nodes)}")
+
+
+def wait_for_nodes(grid: Grid, count: int, what: str, timeout: float) -> list[int]:
+    """Give the ids of all nodes as soon as there are `count` of them.
+
+    Raises:
+        RuntimeError: fewer came within `timeout` seconds; `what` is what the sentence calls them.
+    """
+    end = time.monotonic() + timeout
+    while len(found := list(grid.get_node_ids())) < count:
+        if time.monotonic() > end:
+            raise RuntimeError(f"{count} {what} are needed, {len(found)} came in {timeout:.0f} s")
+        time.sleep(0.2)  # a Grid has no call that waits for nodes
+    return found

@@ -203,7 +203,8 @@ def test_compressed_gradients_of_adapters_see_no_difference_with_checkpointing(t
         runs[-1].train()
     assert losses(runs[0]) == losses(runs[1])
     assert not differing(*(bits(run.model) for run in runs))
-    assert differing(bits(adapted()), bits(runs[0].model))
+    for run in runs:
+        assert loss_of(run.model.eval()) < loss_of(adapted().eval())
 
 
 def test_whole_gradients_of_adapters_never_pile_up():

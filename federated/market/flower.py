@@ -6,7 +6,6 @@ responses, refusals = ask(grid, query)             # in the buyer's ServerApp
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ except ImportError as error:
         "federated.market.flower needs Flower: pip install 'sgc[federated]' on Python 3.11 or newer"
     ) from error
 
+from federated.flower import wait_for_nodes
 from federated.market.privacy import Ledger, private_answer
 from federated.market.query import BuyerQuery, Encoder, SellerResponse, answer
 
@@ -107,11 +107,7 @@ def ask(
     Raises:
         RuntimeError: fewer sellers came in time.
     """
-    end = time.monotonic() + timeout
-    while len(nodes := list(grid.get_node_ids())) < sellers:
-        if time.monotonic() > end:
-            raise RuntimeError(f"{sellers} sellers are needed, {len(nodes)} came in {timeout:.0f} s")
-        time.sleep(0.2)  # a Grid has no call that waits for nodes
+    nodes = wait_for_nodes(grid, sellers, "sellers", timeout)
     content = RecordDict({"query": ConfigRecord({"file": query.to_bytes()})})
     replies = grid.send_and_receive([Message(content, node, MessageType.QUERY) for node in nodes], timeout=timeout)
     responses: dict[int, SellerResponse] = {}
