@@ -105,10 +105,7 @@ def apply(
         return False
     from sgc.kernels import decode as kernel
 
-    obstacle = None if weight.dtype in kernel.WEIGHTS else f"weights are {weight.dtype}"
-    if obstacle is None and layout.chunk > kernel.MOST_MOVED:
-        obstacle = f"a chunk has {layout.chunk} entries, more than {kernel.MOST_MOVED}"
-    if not dispatch.choose("apply", weight.device, obstacle).fused:
+    if not dispatch.choose("apply", weight.device, kernel.move_obstacle(weight, layout)).fused:
         return False
     seed = None if generator is None else generator.initial_seed()
     kernel.apply(weight, layout, index.contiguous(), value.contiguous(), lr, decay, seed)

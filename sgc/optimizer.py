@@ -35,7 +35,7 @@ from sgc.step import (
 from sgc.zero import Partition, Piece, Tools, find_pieces, on_cpu
 
 if TYPE_CHECKING:
-    from sgc.kernels.batch import Batch, Entry, Pending
+    from sgc.kernels.batch import Batch, Entry, Pending, Sparse
 
 FACTOR = "gradient_factor"  # in a checkpoint, in every group: what clipping made of the last compressed gradients
 PENDING = "pending"  # in a checkpoint, beside the state of a tensor: its compressed gradient
@@ -327,14 +327,21 @@ class SGC(torch.optim.Optimizer):
         return rest, batches
 
     def _entry(self, number: int, param: Tensor, gradient: Any, group: dict[str, Any]) -> Entry | None:
-        """Give what a batch needs to update a whole tensor without a sketch, or None where it can't."""
+        """Give what a batch needs to update a whole tensor, or None where it can't."""
         layout = memory.tensor_layout(param.shape, group)
-        sketched = layout is not None and (group["recovered"] is not None or memory.has_basis(param.shape, group))
-        if sketched or type(gradient) is not Tensor or sharded.is_sharded(param) or not param.numel():
+        if type(gradient) is not Tensor or sharded.is_sharded(param) or not param.numel():
             return None
-        from sgc.kernels.batch import Entry, obstacle
+        is_sparse = layout is not None and group["recovered"] is not None
+        if layout is not None and (memory.has_basis(param.shape, group) or (is_sparse and not _batched(group))):
+            return None
+        from sgc.kernels.batch import Entry, obstacle, sparse_obstacle
 
-        why_not = obstacle(param, gradient)
+        why_not, sparse = obstacle(param, gradient), None
+        if why_not is None and layout is not None and is_sparse:
+            sparse = self._sparse(param, layout, group)
+            why_not = sparse_obstacle(param, layout, gradient.dtype, sparse, group["recovery"])
+            if why_not is not None:
+                return None  # the stages say why, each for itself
         if why_not is not None and not dispatch.choose("apply", param.device, why_not).fused:
             return None
         lr = float(group["lr"])
@@ -344,7 +351,19 @@ class SGC(torch.optim.Optimizer):
         if not self.state[param]:
             self._unborn[param] = None
         state, seed, stochastic = self._state_of(param, group), self._seed(number, group), group["stochastic_rounding"]
-        return Entry(param, gradient, state, layout, signed_lr, decay, group["eps"], group["betas"], seed, stochastic)
+        rates = signed_lr, decay, group["eps"], group["betas"]
+        return Entry(param, gradient, state, layout, *rates, seed, stochastic, sparse)
+
+    def _sparse(self, param: Tensor, layout: Layout, group: dict[str, Any]) -> Sparse:
+        """Say how a batch makes the update of a tensor sparse."""
+        from sgc.kernels.batch import Sparse
+
+        def noted(index: Tensor, value: Tensor, target: Tensor | None) -> None:
+            self._probe(param, layout, projection, group, Update(index, value, target))
+
+        projection, recovered = self._projection(group), min(group["recovered"], layout.chunk)
+        sparsity = recovered if projection is None else group["sparsity"]
+        return Sparse(sparsity, recovered, projection, PROBED_CHUNKS, noted if self._probes_now else None)
 
     def _settle(self, wait: bool = True) -> None:
         """Learn which of the last updates were none, where kernels decided it; without `wait`, what is known by now."""
@@ -521,6 +540,11 @@ class SGC(torch.optim.Optimizer):
     def _probing(self) -> bool:
         return self._steps == 1 or self._steps % PROBE_EVERY == 0
 
+    @property
+    def _probes_now(self) -> bool:
+        """Whether `_probe` does anything at this step."""
+        return self._probing or self._steps % PROBE_EVERY == PROBE_EVERY - 1
+
     def _probe(
         self,
         param: Tensor | Piece,
@@ -536,13 +560,13 @@ class SGC(torch.optim.Optimizer):
         if not self._probing:
             return
         last = self._supports.pop(param, None)
-        overlap = math.nan if last is None else _overlap(index, last)
         left, whole = torch.zeros(2, dtype=torch.float32, device=index.device)
         if projection is not None and update.target is not None and group["moments"] != "sketched":
             explained = projection.project(index, value, layout.chunk)
             left, whole = (update.target - explained).square().sum(), update.target.square().sum()
-        found = torch.as_tensor(overlap, dtype=torch.float32, device=index.device)
-        self._probes.append(torch.stack([left, whole, found]))
+        unknown = torch.full((), math.nan, dtype=torch.float32, device=index.device)
+        overlap = unknown if last is None else _overlap(index, last)
+        self._probes.append(torch.stack([left, whole, overlap]))
 
     def stats(self) -> dict[str, float]:
         """Say how the optimizer is doing; reading it costs one synchronization.
@@ -719,6 +743,11 @@ def _overlap(index: Tensor, last: Tensor) -> Tensor:
     last = last.contiguous()
     at = torch.searchsorted(last, index.contiguous()).clamp_(max=last.shape[1] - 1)
     return (last.gather(1, at) == index).float().mean()
+
+
+def _batched(group: Mapping[str, Any]) -> bool:
+    """Whether a batch knows the moment rule of a group, and how its sketches are held."""
+    return not group["sketch_size"] or (group["moments"] == "residual" and group["state_dtype"] == "float32")
 
 
 def _norms(gradients: list[Tensor]) -> list[float]:

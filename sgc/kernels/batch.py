@@ -9,7 +9,7 @@ the host had learnt when it wrote `state["step"]`, so the device knows t whether
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,9 @@ import triton
 from torch import Tensor
 
 from sgc.codec.layout import Layout
-from sgc.kernels import dense
+from sgc.codec.project import Projection
+from sgc.kernels import decode, dense, encode
+from sgc.kernels.chunks import on_device_of
 from sgc.kernels.dense import (
     BLOCK,
     DTYPES,
@@ -27,6 +29,7 @@ from sgc.kernels.dense import (
     ONE_WARP,
     RATES,
     SUMMED,
+    SUMS_AT,
     WORDS,
     aligned,
     log_or_less,
@@ -37,6 +40,16 @@ from sgc.kernels.dense import (
 
 WAVE_ENTRIES = 1 << 30  # of the tensors launched together: their scratch takes 4 bytes for every 85 of them, 50 MB
 MOST_PLANS = 8  # sets of tensors, as experts or adapters make, whose tables are kept
+
+
+class Sparse(NamedTuple):
+    """How the update of a tensor is made sparse."""
+
+    sparsity: int  # s, of the gradient; without A it is s'
+    recovered: int  # s'
+    projection: Projection | None  # A, and E is moved by "residual"; None: what is selected is the update
+    probed: int  # chunks, the first ones, of which `noted` wants to know
+    noted: Callable[[Tensor, Tensor, Tensor | None], None] | None  # is told their index, value (c, s'), E before (c, k)
 
 
 class Entry(NamedTuple):
@@ -52,6 +65,7 @@ class Entry(NamedTuple):
     betas: tuple[float, float]
     seed: int  # 32 bits, of stochastic rounding at this step
     stochastic: bool  # whether bf16 weights are rounded so
+    sparse: Sparse | None = None  # None: every entry moves
 
     @property
     def moments(self) -> tuple[Tensor, Tensor]:
@@ -64,6 +78,7 @@ class Kind(NamedTuple):
     """What tensors of one launch have in common."""
 
     factored: bool
+    sparse: bool
     gradients: torch.dtype
     weights: torch.dtype
     aligned: bool
@@ -83,6 +98,7 @@ class Launch(NamedTuple):
     """Tensors of one kind that are launched together."""
 
     kind: Kind
+    numbers: list[int]  # of the tensors
     down: int  # rows of a tile
     tiles: Tensor  # (programs,) int32, the tensor of each tile or block
     folds: Tensor  # (programs,) int32, the tensor of each program that folds; empty for tensors kept dense
@@ -94,6 +110,7 @@ class Plan(NamedTuple):
 
     layouts: list[Layout | None]
     static: Tensor  # (WORDS − RATES, tensors) int64
+    sums_at: list[int]  # by tensor: its SUMS_AT
     launches: list[Launch]
     slots: list[int]
     slots_there: Tensor  # (tensors,) int64, on the device
@@ -152,6 +169,10 @@ class Batch:
         Returns:
             Their norms, when they arrive.
         """
+        with on_device_of(self._missed):
+            return self._update(entries)
+
+    def _update(self, entries: Sequence[Entry]) -> Pending:
         whole = (e if e.gradient.is_contiguous() else e._replace(gradient=e.gradient.contiguous()) for e in entries)
         entries = list(whole)
         plan = self._plan(entries)
@@ -159,7 +180,9 @@ class Batch:
         norms = torch.empty(len(entries), dtype=torch.float32, device=self._device)
         missed = (self._missed, norms, plan.missed_now, len(entries))
         for launch in plan.launches:
-            self._run(launch, table, missed)
+            parts = self._run(launch, table, missed)
+            for number in launch.numbers if launch.kind.sparse else ():
+                move_sparsely(entries[number], parts[plan.sums_at[number] :], norms[number])
         self._missed.index_copy_(0, plan.slots_there, plan.missed_now)
         weights = [e.weight for e in entries]
         torch.autograd.graph.increment_version(weights)
@@ -167,14 +190,15 @@ class Batch:
         torch._foreach_add_(steps, 1)
         return Pending(norms, weights, steps, plan.slots, self._settled)
 
-    def _run(self, launch: Launch, table: Tensor, missed: tuple[Tensor, Tensor, Tensor, int]) -> None:
+    def _run(self, launch: Launch, table: Tensor, missed: tuple[Tensor, Tensor, Tensor, int]) -> Tensor:
+        """Launch all that many tensors share, and give the scratch, where a and b of each now lie."""
         kind, count, norms = launch.kind, missed[-1], missed[1]
         tiles, folds = (len(launch.tiles),), (len(launch.folds),)
         totals = torch.empty(2 * max(*tiles, *folds), dtype=torch.float32, device=self._device)
         if not kind.factored:
             dense.dense_sums[tiles](table, launch.tiles, totals, count, **kind.constants(), **FOUR_WARPS)
             dense.dense_adamw[tiles](table, launch.tiles, totals, *missed, **kind.weight_constants())
-            return
+            return totals
         across, down = kind.across, launch.down
         parts = torch.empty(launch.scratch, dtype=torch.float32, device=self._device)
         sizes = passes(across, down, SUMMED)
@@ -182,7 +206,9 @@ class Batch:
         dense.fold_sums[folds](table, launch.folds, parts, totals, count, across, down, **FOUR_WARPS)
         dense.move_moments[folds](table, launch.folds, parts, totals, *missed, **FOUR_WARPS)
         sizes = passes(across, down, MOVED)
-        dense.whiten_and_apply[tiles](table, launch.tiles, parts, norms, count, **kind.weight_constants(), **sizes)
+        if not kind.sparse:
+            dense.whiten_and_apply[tiles](table, launch.tiles, parts, norms, count, **kind.weight_constants(), **sizes)
+        return parts
 
     def _table(self, entries: Sequence[Entry], plan: Plan) -> Tensor:
         """Write what changes with every step beside what does not, and send it."""
@@ -245,10 +271,13 @@ class Batch:
                 tiles, folds = tiles + own, folds + folding
                 owners.append(own)
                 folders.append(folding)
-            launches.append(Launch(kind, high, self._owners(numbers, owners), self._owners(numbers, folders), scratch))
+            owned = self._owners(numbers, owners), self._owners(numbers, folders)
+            launches.append(Launch(kind, numbers, high, *owned, scratch))
         static = torch.tensor(columns, dtype=torch.int64).T.contiguous()
         none = torch.zeros(len(slots), dtype=torch.int32, device=self._device)
-        return Plan([e.layout for e in entries], static, launches, slots, self._send(torch.tensor(slots)), none)
+        sums_at = [column[SUMS_AT.value - RATES] for column in columns]
+        layouts = [e.layout for e in entries]
+        return Plan(layouts, static, sums_at, launches, slots, self._send(torch.tensor(slots)), none)
 
     def _send(self, here: Tensor) -> Tensor:
         """Copy to the device without waiting; pinned memory is not given to others before it has been read."""
@@ -257,6 +286,33 @@ class Batch:
     def _owners(self, numbers: Sequence[int], programs: Sequence[int]) -> Tensor:
         tensors = torch.tensor(numbers, dtype=torch.int32)
         return self._send(tensors.repeat_interleave(torch.tensor(programs)))
+
+
+def move_sparsely(entry: Entry, factors: Tensor, norm: Tensor) -> None:
+    """Encode, recover and apply one tensor's update, in a launch each.
+
+    Args:
+        entry: with `sparse`.
+        factors: a (rows,), then b (cols,), and what follows is not read.
+        norm: of its gradient, () fp32.
+    """
+    weight, gradient, layout, sparse = entry.weight, entry.gradient, entry.layout, entry.sparse
+    assert layout is not None
+    assert sparse is not None
+    whitening = factors[: layout.rows], factors[layout.rows : layout.rows + layout.cols], None
+    before, projection = None, sparse.projection
+    if projection is None:
+        index, value = encode.select(gradient, layout, whitening, sparse.sparsity, entry.eps, norm=norm)
+    else:
+        sketch = entry.state["sketch"].view(layout.chunks, projection.sketch_size)
+        into = encode.Into(sketch, "residual", entry.betas[0])
+        encode.encode(gradient, layout, whitening, projection, sparse.sparsity, entry.eps, into=into, norm=norm)
+        before = None if sparse.noted is None else sketch[: sparse.probed].clone()
+        index, value = decode.decode(sketch, layout, projection, sparse.recovered, take=True, norm=norm)
+    seed = entry.seed if entry.stochastic and weight.dtype is torch.bfloat16 else None
+    decode.apply(weight, layout, index, value, entry.lr, entry.decay, seed, norm=norm)
+    if sparse.noted is not None:
+        sparse.noted(index[: sparse.probed], value[: sparse.probed], before)
 
 
 def obstacle(weight: Tensor, gradient: Tensor) -> str | None:
@@ -271,12 +327,21 @@ def obstacle(weight: Tensor, gradient: Tensor) -> str | None:
     return None
 
 
+def sparse_obstacle(weight: Tensor, layout: Layout, dtype: torch.dtype, sparse: Sparse, recovery: str) -> str | None:
+    """Say why the kernels can't make a sparse update of a tensor, given the dtype of its gradient, or None."""
+    found = encode.obstacle(layout, dtype, sparse.sparsity, sparse.projection)
+    if found is None and sparse.projection is not None:
+        found = decode.obstacle(layout, sparse.projection, sparse.recovered, recovery)
+    return decode.move_obstacle(weight, layout) if found is None else found
+
+
 def signature_of(entry: Entry) -> tuple[Any, ...]:
     """Give what the tables of a plan depend on, of a tensor; a plan holds its layouts, so that their ids are theirs."""
     weight, gradient = entry.weight, entry.gradient
     first, second = entry.moments
     addresses = (weight.data_ptr(), first.data_ptr(), second.data_ptr(), gradient.data_ptr() % 16)
-    return *addresses, id(entry.layout), weight.numel(), gradient.dtype, weight.dtype, entry.stochastic
+    dtypes = gradient.dtype, weight.dtype
+    return *addresses, id(entry.layout), weight.numel(), *dtypes, entry.stochastic, entry.sparse is None
 
 
 def kind_of(entry: Entry) -> Kind:
@@ -287,9 +352,10 @@ def kind_of(entry: Entry) -> Kind:
     if layout is None:
         addresses += [moment.data_ptr() for moment in entry.moments]
         fits = weight.numel() % 8 == 0 and all(address % 16 == 0 for address in addresses)
-        return Kind(False, gradient.dtype, weight.dtype, fits, stochastic, 0)
+        return Kind(False, False, gradient.dtype, weight.dtype, fits, stochastic, 0)
     across = tile_width(layout.cols, gradient.element_size())
-    return Kind(True, gradient.dtype, weight.dtype, aligned(layout, *addresses), stochastic, across)
+    sparse = entry.sparse is not None
+    return Kind(True, sparse, gradient.dtype, weight.dtype, aligned(layout, *addresses), stochastic, across)
 
 
 def waves(entries: Sequence[Entry]) -> Iterator[tuple[Kind, list[int]]]:

@@ -53,8 +53,23 @@ def obstacle(layout: Layout, projection: Projection, recovered: int, method: str
     return None
 
 
+def move_obstacle(weight: Tensor, layout: Layout) -> str | None:
+    """Say why the kernel can't move entries of such weights, or None."""
+    if weight.dtype not in WEIGHTS:
+        return f"weights are {weight.dtype}"
+    if layout.chunk > MOST_MOVED:
+        return f"a chunk has {layout.chunk} entries, more than {MOST_MOVED}"
+    return None
+
+
 def decode(
-    sketch: Tensor, layout: Layout, projection: Projection, recovered: int, *, take: bool = False
+    sketch: Tensor,
+    layout: Layout,
+    projection: Projection,
+    recovered: int,
+    *,
+    take: bool = False,
+    norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Recover y ≈ A[:, index]·value by one pass over A and least squares, and with `take` remove it: y ← y − A·x̂.
 
@@ -68,6 +83,7 @@ def decode(
         projection: A.
         recovered: s'.
         take: whether what is recovered leaves the sketch.
+        norm: of the gradient, () fp32: unless it is finite and above 0, all values are 0.
 
     Returns:
         index (c, s') int64, ascending in each chunk, and value (c, s') fp32, 0 on padding.
@@ -83,6 +99,7 @@ def decode(
         _decode[(triton.cdiv(layout.chunks, tile),)](
             sketch,
             words,
+            norm,
             index,
             value,
             layout.chunks,
@@ -114,6 +131,8 @@ def apply(
     lr: float,
     decay: float,
     seed: int | None,
+    *,
+    norm: Tensor | None = None,
 ) -> None:
     """W ← (1 − decay)·W − lr·u, u scattered at its coordinates; without decay only those are touched.
 
@@ -125,6 +144,7 @@ def apply(
         lr: learning rate times scale, negative to maximize.
         decay: learning rate times weight decay.
         seed: of stochastic rounding to bf16; None rounds to nearest.
+        norm: of the gradient, () fp32: unless it is finite, W does not decay.
     """
     if not layout.chunks:
         return
@@ -136,6 +156,7 @@ def apply(
             weight,
             index,
             value,
+            norm,
             layout.chunks,
             layout.numel,
             lr,
@@ -155,7 +176,7 @@ def apply(
 
 @triton.jit(do_not_specialize=["chunks", "numel", "root", "ridge", "held"])
 def _decode(
-    sketch, words, index_out, value_out, chunks, numel, root, ridge, held,
+    sketch, words, norm, index_out, value_out, chunks, numel, root, ridge, held,
     K: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, LENGTH: tl.constexpr, C: tl.constexpr,
     ENTRIES: tl.constexpr, TAKE: tl.constexpr, DOT: tl.constexpr,
     N: tl.constexpr, COLS: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
@@ -230,6 +251,8 @@ def _decode(
             right -= factor * value[:, None]
         right = right / tl.sum(tl.where(diagonal, gram, 0.0), 2)
 
+    if norm is not None:
+        right = tl.where((tl.load(norm) > 0) & (tl.load(norm) < float("inf")), right, 0.0)
     before = (index[:, None, :] < index[:, :, None]) & (slot < S)[None, None, :]
     place = chunk * S + tl.sum(before.to(tl.int32), 2)
     here = (chunk < chunks) & (slot < S)[None, :]
@@ -262,7 +285,7 @@ def _store(weight, at, x, chunk, entry, seed, mask, STOCHASTIC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["chunks", "numel", "lr", "keep", "seed"])
 def _apply(
-    weight, index, value, chunks, numel, lr, keep, seed,
+    weight, index, value, norm, chunks, numel, lr, keep, seed,
     S: tl.constexpr, SLOTS: tl.constexpr, C: tl.constexpr, ENTRIES: tl.constexpr, DECAYS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     N: tl.constexpr, COLS: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
@@ -272,6 +295,8 @@ def _apply(
     Bytes: 12·s'/n for each entry of a chunk read, and a sector of 32 bytes of W read and written for each of the s';
     with DECAYS all of W read and written, once.
     """
+    if norm is not None:
+        keep = tl.where(tl.load(norm) < float("inf"), keep, 1.0)
     chunk = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)[:, None]
     slot = tl.arange(0, SLOTS)[None, :]
     here = (chunk < chunks) & (slot < S)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from sgc import moments
 from sgc.codec.layout import Layout
+from sgc.kernels.chunks import on_device_of
 
 CLIP = tl.constexpr(moments.CLIP)
 FLOOR = tl.constexpr(moments.FLOOR)
@@ -522,18 +523,11 @@ def square_sums(gradient: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     down, across = triton.cdiv(rows, high), triton.cdiv(cols, wide)
     parts = torch.empty(across * rows + down * cols, dtype=torch.float32, device=flat.device)
     sums = torch.empty(rows + cols, dtype=torch.float32, device=flat.device)
-    tile_sums_of_one[(down * across,)](
-        flat,
-        parts,
-        rows,
-        cols,
-        layout.numel,
-        aligned(layout, flat.data_ptr()),
-        **passes(wide, high, SUMMED),
-        **ONE_WARP,
-    )
     folds = triton.cdiv(rows, FOLDED.value) + triton.cdiv(cols, FOLDED.value)
-    fold_sums_of_one[(folds,)](parts, sums, rows, cols, wide, high, **FOUR_WARPS)
+    shape = (rows, cols, layout.numel, aligned(layout, flat.data_ptr()))
+    with on_device_of(flat):
+        tile_sums_of_one[(down * across,)](flat, parts, *shape, **passes(wide, high, SUMMED), **ONE_WARP)
+        fold_sums_of_one[(folds,)](parts, sums, rows, cols, wide, high, **FOUR_WARPS)
     row, col = sums.split([rows, cols])
     return row, col
 
@@ -571,10 +565,11 @@ def apply_whitened(
     programs = triton.cdiv(layout.rows, high) * triton.cdiv(layout.cols, wide)
     stochastic = seed is not None and weight.dtype is torch.bfloat16
     signed = (seed or 0) - ((seed or 0) >> 31 << 32)  # always an int32, whatever the seed
-    whiten_and_apply_one[(programs,)](
-        grid, weight, a, b, layout.rows, layout.cols, offset, offset + weight.numel(), 1.0 - decay,
-        float(lr), float(eps), signed, stochastic, fits, **passes(wide, high, MOVED), **FOUR_WARPS,
-    )  # fmt: skip
+    with on_device_of(weight):
+        whiten_and_apply_one[(programs,)](
+            grid, weight, a, b, layout.rows, layout.cols, offset, offset + weight.numel(), 1.0 - decay,
+            float(lr), float(eps), signed, stochastic, fits, **passes(wide, high, MOVED), **FOUR_WARPS,
+        )  # fmt: skip
     torch.autograd.graph.increment_version(weight)
 
 

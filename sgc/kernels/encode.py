@@ -72,19 +72,22 @@ def encode(
     factor: Tensor | None = None,
     into: Into | None = None,
     squares: bool = False,
+    norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Sparsify and project a gradient, whitened where it is told by what.
 
     Args:
         gradient: of `layout.numel` entries, contiguous, finite; a padded grid of them will do.
         layout: its chunks.
-        whitening: a (rows,), b (cols,) and busy (rows,) of `sgc.step.Whitening`, or None.
+        whitening: a (rows,), b (cols,) and busy (rows,) of `sgc.step.Whitening`, or None; a row where a is 0 is not
+            busy.
         projection: A.
         sparsity: s.
         eps: ε.
         factor: multiplies the gradient first, () fp32.
         into: the moment that takes the sketch, in place.
         squares: also give the sketch of the squares.
+        norm: of the gradient, () fp32: unless it is finite and above 0, p is 0 and E stays as it is. For "residual".
 
     Returns:
         The moment as it is now, or without one p (c, k) fp32; and q (c, k) fp32, or None.
@@ -96,7 +99,7 @@ def encode(
     mode = 0 if into is None else {"residual": 1, "ema": 2}[into.rule]
     beta = 0.0 if into is None else into.beta
     k = projection.sketch_size
-    _launch(gradient, factor, layout, whitening, sparsity, eps, words, k, out, square, mode, beta)
+    _launch(gradient, factor, norm, layout, whitening, sparsity, eps, words, k, out, square, mode, beta)
     return out, square
 
 
@@ -106,17 +109,20 @@ def select(
     whitening: tuple[Tensor, Tensor, Tensor | None] | None,
     sparsity: int,
     eps: float,
+    *,
+    norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Take the top entries of every chunk: index (c, s) int64, ascending, and value (c, s) fp32; arguments as above."""
     index = gradient.new_empty((layout.chunks, sparsity), dtype=torch.int64)
     value = gradient.new_empty((layout.chunks, sparsity), dtype=torch.float32)
-    _launch(gradient, None, layout, whitening, sparsity, eps, None, 0, index, value, 3, 0.0)
+    _launch(gradient, None, norm, layout, whitening, sparsity, eps, None, 0, index, value, 3, 0.0)
     return index, value
 
 
 def _launch(
     gradient: Tensor,
     factor: Tensor | None,
+    norm: Tensor | None,
     layout: Layout,
     whitening: tuple[Tensor, Tensor, Tensor | None] | None,
     sparsity: int,
@@ -131,8 +137,8 @@ def _launch(
     if not layout.chunks:
         return
     a, b, busy = (None, None, None) if whitening is None else whitening
-    if layout.rows_per_chunk > 1:
-        busy = None  # as in the twin: such a chunk is whitened whole
+    if a is not None and busy is not None and layout.rows_per_chunk == 1:  # else whitened whole, as in the twin
+        a = a * busy
     entries, slots = power_of_two(layout.chunk), power_of_two(sparsity)
     warps = 1 if entries <= 2 * TILE else 4
     tile = max(1, TILE // entries)
@@ -140,9 +146,9 @@ def _launch(
         _encode[(triton.cdiv(layout.chunks, tile),)](
             gradient,
             factor,
+            norm,
             a,
             b,
-            None if busy is None else busy.view(torch.uint8),
             words,
             out,
             square,
@@ -171,11 +177,11 @@ def _launch(
 
 @triton.jit
 def _whitened(
-    gradient, factor, a, b, busy, chunk, entry, chunks, numel, eps,
+    gradient, factor, a, b, chunk, entry, chunks, numel, eps,
     WHITEN: tl.constexpr, N: tl.constexpr, COLS: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
     PADDED: tl.constexpr, QUOTIENT: tl.constexpr,
 ):  # fmt: skip
-    """Load entries (C or 1, W) of chunks (C, 1): w = g/(a·b + ε) in fp32; 0 on padding and in rows not busy."""
+    """Load entries (C or 1, W) of chunks (C, 1): w = g/(a·b + ε) in fp32; 0 on padding and where a is 0."""
     real = is_real(chunk, entry, chunks, numel, N, COLS, PIECES, PADDED) & (entry >= 0)
     w = tl.load(gradient + start_of(chunk, N, COLS, PIECES) + entry, mask=real, other=0.0).to(tl.float32)
     if factor is not None:
@@ -192,21 +198,21 @@ def _whitened(
                 right = tl.load(b + chunk % PIECES * N + entry, mask=real, other=1.0)
             else:
                 right = tl.load(b + entry, mask=(entry >= 0) & (entry < N), other=1.0)
-        root = left * right + eps
+        busy = left > 0
+        root = tl.where(busy, left, 1.0) * right + eps
         if QUOTIENT == "exact":
             w = tl.div_rn(w, root)
         elif QUOTIENT == "fast":
             w *= tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [root], tl.float32, True, 1)
         else:
             w *= 1.0 / root
-        if busy is not None:
-            w = tl.where(tl.load(busy + row, mask=chunk < chunks, other=0) != 0, w, 0.0)
+        w = tl.where(busy, w, 0.0)
     return w
 
 
 @triton.jit
 def _chosen(
-    gradient, factor, a, b, busy, chunk, chunks, numel, eps,
+    gradient, factor, a, b, chunk, chunks, numel, eps,
     WHITEN: tl.constexpr, N: tl.constexpr, COLS: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
     PADDED: tl.constexpr, QUOTIENT: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, LENGTH: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -217,12 +223,12 @@ def _chosen(
     """
     entry = tl.arange(0, ENTRIES)[None, :]
     w = _whitened(
-        gradient, factor, a, b, busy, chunk, entry, chunks, numel, eps,
+        gradient, factor, a, b, chunk, entry, chunks, numel, eps,
         WHITEN, N, COLS, PIECES, ROWS, PADDED, QUOTIENT,
     )  # fmt: skip
     few, rest = candidates_of(tl.where(entry < N, magnitude(w), OUTSIDE), S, SLOTS, LENGTH)
     w = _whitened(
-        gradient, factor, a, b, busy, chunk, few, chunks, numel, eps,
+        gradient, factor, a, b, chunk, few, chunks, numel, eps,
         WHITEN, N, COLS, PIECES, ROWS, PADDED, "exact",
     )  # fmt: skip
     key = tl.where((few >= 0) & (few < N), magnitude(w), OUTSIDE)
@@ -232,7 +238,7 @@ def _chosen(
 
 @triton.jit(do_not_specialize=["chunks", "numel", "eps", "beta", "weight", "root", "held"])
 def _encode(
-    gradient, factor, a, b, busy, words, out, square, chunks, numel, eps, beta, weight, root, held,
+    gradient, factor, norm, a, b, words, out, square, chunks, numel, eps, beta, weight, root, held,
     WHITEN: tl.constexpr, CLIP_AT: tl.constexpr, K: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr,
     LENGTH: tl.constexpr, C: tl.constexpr, ENTRIES: tl.constexpr, MODE: tl.constexpr, QUOTIENT: tl.constexpr,
     N: tl.constexpr, COLS: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
@@ -245,7 +251,7 @@ def _encode(
     """
     chunk = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)[:, None]
     key, tag, rest = _chosen(
-        gradient, factor, a, b, busy, chunk, chunks, numel, eps,
+        gradient, factor, a, b, chunk, chunks, numel, eps,
         WHITEN, N, COLS, PIECES, ROWS, PADDED, QUOTIENT, S, SLOTS, LENGTH, ENTRIES,
     )  # fmt: skip
     if WHITEN:
@@ -254,12 +260,16 @@ def _encode(
         unsure = (rest > 0) & (rest + SLACK >= last)
         if tl.max(unsure.to(tl.int32), 0) > 0:
             key, tag, rest = _chosen(
-                gradient, factor, a, b, busy, chunk, chunks, numel, eps,
+                gradient, factor, a, b, chunk, chunks, numel, eps,
                 WHITEN, N, COLS, PIECES, ROWS, PADDED, "exact", S, SLOTS, LENGTH, ENTRIES,
             )  # fmt: skip
     index, value = tag >> 1, signed(key, tag)
     if WHITEN:
         value = tl.minimum(tl.maximum(value, -CLIP_AT), CLIP_AT)
+    if norm is not None:
+        moves = (tl.load(norm) > 0) & (tl.load(norm) < float("inf"))
+        value = tl.where(moves, value, 0.0)
+        beta = tl.where(moves, beta, 1.0)
     if MODE == 3:
         slot = tl.arange(0, SLOTS)
         before = (index[:, None, :] < index[:, :, None]) & (slot < S)[None, None, :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,8 @@ from sgc.planner.models import DTYPES, PlanError
 from sgc.planner.trace import Info, Tracker
 
 FP32 = 4
-STRIP = 24  # blocks, more than any stage works on at a time; what has more is extrapolated from STRIP and 2·STRIP
+STRIPS = (24, 32)  # blocks, more than any stage works on at a time, from which a tensor of more is extrapolated
+Site = tuple[Any, ...]  # an operation, and the calls that led to it
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def hook_temporaries(infos: Sequence[Info], contender: Contender) -> dict[tuple[
     for info in sorted(infos, key=lambda info: -info.numel):
         if info.shape in found:
             continue
-        if found and info.numel > 2 * STRIP * BLOCK_ENTRIES:
+        if found and info.numel > STRIPS[1] * BLOCK_ENTRIES:
             largest = max(found, key=math.prod)
             found[info.shape] = round(found[largest] * info.numel / math.prod(largest))
         else:
@@ -163,19 +165,28 @@ def attached_temporaries(info: Info, options: tuple[tuple[str, Any], ...], sampl
     return hook, step
 
 
-def _of_whole(info: Info, measure: Callable[[tuple[int, ...]], tuple[int, ...]]) -> tuple[int, ...]:
-    """Measure a tensor; of one with many rows two strips, since what is held grows by the same with every block."""
+def _of_whole(info: Info, measure: Callable[[tuple[int, ...]], tuple[dict[Site, int], ...]]) -> tuple[int, ...]:
+    """Measure a tensor; of one with many rows two strips.
+
+    At each site what is held grows by the same with every block. The peak does not: it moves to the sites that grow
+    fastest, so that every site is extrapolated and the most is sought among them then.
+    """
     layout = make_layout(info.shape, 256)
     rows = next((rows.stop for rows, _ in layout.blocks()), 0)
-    if len(info.shape) != 2 or layout.rows != info.shape[0] or layout.rows <= 2 * STRIP * rows:
-        return measure(info.shape)
-    one, two = (measure((times * STRIP * rows, layout.cols)) for times in (1, 2))
-    more = layout.rows / (STRIP * rows) - 1
-    return tuple(first + round((second - first) * more) for first, second in zip(one, two, strict=True))
+    if len(info.shape) != 2 or layout.rows != info.shape[0] or layout.rows <= STRIPS[1] * rows:
+        return tuple(max(sites.values(), default=0) for sites in measure(info.shape))
+    one, two = (measure((blocks * rows, layout.cols)) for blocks in STRIPS)
+    more = (layout.rows / rows - STRIPS[0]) / (STRIPS[1] - STRIPS[0])
+    return tuple(
+        max(round(first.get(site, held) + (held - first.get(site, held)) * more) for site, held in second.items())
+        for first, second in zip(one, two, strict=True)
+    )
 
 
 @functools.lru_cache(maxsize=256)
-def _measure_step(shape: tuple[int, ...], dtype: torch.dtype, options: tuple[tuple[str, Any], ...]) -> tuple[int]:
+def _measure_step(
+    shape: tuple[int, ...], dtype: torch.dtype, options: tuple[tuple[str, Any], ...]
+) -> tuple[dict[Site, int]]:
     param, optimizer = _stepped(shape, dtype, options)
     param.grad = _gradient(shape, dtype)
     return (_temporaries(param, optimizer, param.grad, optimizer.step),)
@@ -184,14 +195,14 @@ def _measure_step(shape: tuple[int, ...], dtype: torch.dtype, options: tuple[tup
 @functools.lru_cache(maxsize=256)
 def _measure_attached(
     shape: tuple[int, ...], dtype: torch.dtype, options: tuple[tuple[str, Any], ...], sample_every: int
-) -> tuple[int, int]:
+) -> tuple[dict[Site, int], dict[Site, int]]:
     module = nn.Module()
     param, optimizer = _stepped(shape, dtype, options)
     module.register_parameter("weight", param)
     try:
         optimizer.attach(module, sample_every=sample_every)
     except ValueError:  # so small that it is kept whole
-        return 0, 0
+        return {}, {}
     compressor = optimizer._compressor
     assert compressor is not None  # attached
     slot = compressor.slots[param]
@@ -221,15 +232,34 @@ def _gradient(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
+class _BySite(Tracker):
+    """Also record the most temporaries at each site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: dict[Site, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        made = super().__torch_dispatch__(func, types, args, kwargs)
+        calls: list[Any] = [func]
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code is not _temporaries.__code__:
+            calls += frame.f_code, frame.f_lasti
+            frame = frame.f_back
+        site, held = tuple(calls), self.now["temporaries"]
+        self.sites[site] = max(held, self.sites.get(site, 0))
+        return made
+
+
 def _temporaries(
     param: nn.Parameter, optimizer: SGC, gradient: torch.Tensor, act: Callable[[], Any], *kept: torch.Tensor
-) -> int:
-    tracker = Tracker()
+) -> dict[Site, int]:
+    tracker = _BySite()
     for tensor in (param, gradient, *kept, *optimizer.state[param].values()):
         tracker.mark(tensor, "state")
     with torch.no_grad(), tracker:
         act()
-    return tracker.peak().temporaries
+    return tracker.sites
 
 
 # ---- the others: what their packages hold, read from their source and tested against them ----------------------------

@@ -26,6 +26,8 @@ REAL_SHAPES = [(4096, 11008), (130000, 40), (2047, 8191), (1000003,), (8, 3, 512
 # Two ways to round each of the dozen operations of a step, with two orders of its sums; over T ≤ 6 steps of |u| ≤ 3.
 STEP = 12 * 6 * EPS
 
+SKETCHED = {"chunk_size": 64, "sketch_size": 16, "sparsity": 2}
+
 
 @pytest.fixture(autouse=True)
 def larger_pieces(monkeypatch, forced, real_sizes):
@@ -124,16 +126,17 @@ def test_steps_are_those_of_torch(dtype, changed, shapes, device, monkeypatch):
     assert stats["state_bytes"] == expected["state_bytes"]
 
 
-def test_a_host_that_never_hears_of_the_norms_makes_the_same_updates(device, monkeypatch):
+@pytest.mark.parametrize("changed", [{}, SKETCHED], ids=["dense", "sketched"])
+def test_a_host_that_never_hears_of_the_norms_makes_the_same_updates(changed, device, monkeypatch):
     shapes = [(40, 64), (33,), (20, 261), (10, 300), (24, 80), (17,)]
-    params, optimizer = make(shapes, device)
+    params, optimizer = make(shapes, device, **changed)
     advance(params, optimizer, range(5))
     expected = held(params, optimizer)
     norm, skipped = (optimizer.stats()[name] for name in ("grad_norm", "skipped_tensors"))
 
     with monkeypatch.context() as patch:
         patch.setattr(batch.Pending, "ready", lambda self: False)
-        params, optimizer = make(shapes, device)
+        params, optimizer = make(shapes, device, **changed)
         advance(params, optimizer, range(5))
         assert [int(optimizer.state[param]["step"]) for param in params] == [5, 5, 5, 4, 5, 5]  # until it hears
         assert_near(held(params, optimizer), expected, 0)
@@ -154,14 +157,15 @@ def test_the_count_of_updates_survives_a_change_of_paths(device, monkeypatch):
     assert_near(results[1], results[0], STEP)
 
 
+@pytest.mark.parametrize("changed", [{}, SKETCHED], ids=["dense", "sketched"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_resumed_run_ends_in_the_same_bits(dtype, device):
+def test_a_resumed_run_ends_in_the_same_bits(dtype, changed, device):
     shapes = [(40, 64), (33,), (20, 261), (10, 300)]
-    params, optimizer = make(shapes, device, dtype, stochastic_rounding=True)
+    params, optimizer = make(shapes, device, dtype, stochastic_rounding=True, **changed)
     advance(params, optimizer, range(2))
     weights, state = held(params, optimizer)
     advance(params, optimizer, range(2, 5))
-    resumed, other = make(shapes, device, dtype, stochastic_rounding=True)
+    resumed, other = make(shapes, device, dtype, stochastic_rounding=True, **changed)
     for param, weight in zip(resumed, weights, strict=True):
         param.data.copy_(weight)
     other.load_state_dict(state)
@@ -351,10 +355,11 @@ def test_a_change_of_the_learning_rate_compiles_nothing(device, real_sizes):
     assert compiled == [len(kernel.device_caches[0][0]) for kernel in (dense.whiten_and_apply, dense.dense_adamw)]
 
 
-def test_a_step_does_not_wait_for_the_device(device, real_sizes):
+@pytest.mark.parametrize("changed", [{}, SKETCHED, {"sparsity": 2}], ids=["dense", "sketched", "sparse"])
+def test_a_step_does_not_wait_for_the_device(changed, device, real_sizes):
     if not real_sizes:
         pytest.skip("there is no device to wait for")
-    params, optimizer = make([(512, 512), (33,), (1024, 300)], device, torch.bfloat16)
+    params, optimizer = make([(512, 512), (33,), (1024, 300)], device, torch.bfloat16, **changed)
     advance(params, optimizer, [0])
     gradients(params, 1)
     torch.cuda.set_sync_debug_mode("error")

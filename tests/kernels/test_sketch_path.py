@@ -8,6 +8,8 @@ import torch
 pytest.importorskip("triton")
 
 from sgc import SGC, dispatch, fused, step
+from sgc import optimizer as of_many
+from sgc.kernels import batch
 from tests.tolerances import EPS_BF16, MARGIN, TWIN
 
 STEPS = 4
@@ -25,6 +27,7 @@ OPTIONS = {
     "stochastic_rounding": False,
 }
 STAGES = ("encode", "encode_into", "select", "decode", "apply", "square_sums")
+SPOILED = {1: float("nan"), 3: float("inf")}  # the first entry of the gradient of these steps; that of step 2 is zero
 SHAPES = {
     "several chunks a row": (12, 96),
     "padded rows": (10, 77),
@@ -34,10 +37,14 @@ SHAPES = {
 }
 
 
-def steps(path, shape, dtype, device, monkeypatch, data=0, count=STEPS, attach=False, seen=False, **changed):
+def steps(
+    path, shape, dtype, device, monkeypatch, data=0, count=STEPS,
+    attach=False, seen=False, spoiled=False, batched=True, **changed,
+):  # fmt: skip
     """Train on given gradients: weights after every step, the state, what took its kernel, and how clear choices were.
 
-    That is the least gap between the last correlation that recovery took and the next, as a share of the largest.
+    That is the least gap between the last correlation that recovery took and the next, as a share of the largest. Not
+    `batched`, tensors are updated one by one, as parts of sharded ones are.
     """
     monkeypatch.setenv(dispatch.VARIABLE, path)
     taken, gaps = set(), [1.0]
@@ -52,6 +59,9 @@ def steps(path, shape, dtype, device, monkeypatch, data=0, count=STEPS, attach=F
         return recover(target, layout, projection, group, *rest, **take)
 
     monkeypatch.setattr(step, "_recover_busy", measured)
+    if not batched:
+        monkeypatch.setattr(of_many, "_batched", lambda group: False)
+    monkeypatch.setattr(batch, "move_sparsely", noting(batch.move_sparsely, "batch", taken))
     for stage in STAGES:
         monkeypatch.setattr(fused, stage, noting(getattr(fused, stage), stage, taken))
     generator = torch.Generator().manual_seed(data)
@@ -65,18 +75,23 @@ def steps(path, shape, dtype, device, monkeypatch, data=0, count=STEPS, attach=F
         g = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).exp()
         if seen:
             g[[row for row in range(len(g)) if row % STEPS != turn]] = 0
+        if spoiled and turn in SPOILED:
+            g.view(-1)[0] = SPOILED[turn]
+        if spoiled and turn == 2:
+            g.zero_()
         (layer.weight * g.to(device, dtype)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         weights.append(layer.weight.detach().clone())
     monkeypatch.undo()
-    return weights, optimizer.state[layer.weight], taken, min(gaps)
+    stats = {name: value for name, value in optimizer.stats().items() if name != "state_bytes"}
+    return weights, optimizer.state[layer.weight], stats, taken, min(gaps)
 
 
 def noting(stage, name, taken):
     def noted(*args, **kwargs):
         made = stage(*args, **kwargs)
-        if made is not None and made is not False:
+        if name == "batch" or (made is not None and made is not False):
             taken.add(name)
         return made
 
@@ -88,10 +103,10 @@ def check(shape, device, monkeypatch, expected, dtype=torch.float32, **changed):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "SGC: ")  # stages that have no kernel for it
         for data in range(20):
-            by_torch, state, none, gap = steps("torch", shape, dtype, device, monkeypatch, data, **changed)
+            by_torch, state, stats, none, gap = steps("torch", shape, dtype, device, monkeypatch, data, **changed)
             if gap > MARGIN:
                 break
-        by_kernels, same, taken, _ = steps("triton", shape, dtype, device, monkeypatch, data, **changed)
+        by_kernels, same, same_stats, taken, _ = steps("triton", shape, dtype, device, monkeypatch, data, **changed)
     assert gap > MARGIN, "no data with clear choices"
     assert not none
     assert taken == set(expected.split())
@@ -100,13 +115,20 @@ def check(shape, device, monkeypatch, expected, dtype=torch.float32, **changed):
         assert (got - want).abs().max() <= unit * want.abs().max()
     assert (got == want).float().mean() > (0.1 if dtype is torch.float32 else 0.9)
     for name, want in state.items():
-        assert (same[name] - want).abs().max() <= TWIN * want.abs().max(), name
+        assert (same[name] - want).abs().max() <= (0 if name == "step" else TWIN) * want.abs().max(), name
+    for name in ("grad_norm", "skipped_tensors", "recovery_error", "recovered_fraction", "support_overlap"):
+        assert same_stats[name] == pytest.approx(stats[name], rel=TWIN, abs=TWIN, nan_ok=True), name
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_batch_makes_the_steps_of_torch(shape, device, monkeypatch):
+    check(shape, device, monkeypatch, "batch")
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("rule", ["residual", "whitened"])
 def test_kernels_make_the_steps_of_torch_where_the_gradient_is_whitened(rule, shape, device, monkeypatch):
-    check(shape, device, monkeypatch, "square_sums encode_into decode apply", moments=rule)
+    check(shape, device, monkeypatch, "square_sums encode_into decode apply", moments=rule, batched=False)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -116,16 +138,23 @@ def test_kernels_make_the_steps_of_torch_where_it_is_not(rule, shape, device, mo
 
 
 def test_kernels_make_the_steps_of_torch_on_bf16(device, monkeypatch):
-    check((12, 96), device, monkeypatch, "square_sums encode_into decode apply", dtype=torch.bfloat16)
+    check((12, 96), device, monkeypatch, "batch", dtype=torch.bfloat16)
 
 
 def test_kernels_make_the_steps_of_torch_where_rows_have_no_gradient(device, monkeypatch):
     """With a larger eps than elsewhere: a row that is seen for the first time is large, and would be clipped."""
-    check((12, 96), device, monkeypatch, "square_sums encode_into decode apply", seen=True, eps=1.0)
+    check((12, 96), device, monkeypatch, "batch", seen=True, eps=1.0)
+    expected = "square_sums encode_into decode apply"
+    check((12, 96), device, monkeypatch, expected, seen=True, eps=1.0, batched=False)
+
+
+@pytest.mark.parametrize("sketch_size", [24, 0])
+def test_gradients_that_are_not_finite_or_all_zero_move_what_they_move_in_torch(sketch_size, device, monkeypatch):
+    check((12, 96), device, monkeypatch, "batch", spoiled=True, count=6, sketch_size=sketch_size)
 
 
 def test_kernels_make_the_steps_of_torch_without_weight_decay(device, monkeypatch):
-    check((12, 96), device, monkeypatch, "square_sums encode_into decode apply", weight_decay=0.0)
+    check((12, 96), device, monkeypatch, "batch", weight_decay=0.0)
 
 
 def test_kernels_make_the_steps_of_torch_on_sketches_in_bf16(device, monkeypatch):
@@ -135,7 +164,8 @@ def test_kernels_make_the_steps_of_torch_on_sketches_in_bf16(device, monkeypatch
 
 
 def test_kernels_make_the_steps_of_torch_without_a_sketch(device, monkeypatch):
-    check((12, 96), device, monkeypatch, "square_sums select apply", sketch_size=0)
+    check((12, 96), device, monkeypatch, "batch", sketch_size=0)
+    check((12, 96), device, monkeypatch, "square_sums select apply", sketch_size=0, batched=False)
 
 
 def test_kernels_make_the_steps_of_torch_with_compressed_gradients(device, monkeypatch):
