@@ -262,7 +262,7 @@ class Batch:
                 else:
                     down, across = triton.cdiv(layout.rows, high), triton.cdiv(layout.cols, kind.across)
                     col_at = scratch + across * layout.rows
-                    sums_at = col_at + down * layout.cols
+                    sums_at = triton.cdiv(col_at + down * layout.cols, 4) * 4  # where 16 bytes begin
                     size = [layout.rows, layout.cols, layout.numel]
                     columns[number] = [*held, *size, slots[number], tiles, folds, scratch, col_at, sums_at]
                     scratch = sums_at + layout.rows + layout.cols

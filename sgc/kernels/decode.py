@@ -174,7 +174,7 @@ def apply(
         )
 
 
-@triton.jit(do_not_specialize=["chunks", "numel", "root", "ridge", "held"])
+@triton.jit(do_not_specialize=["norm", "chunks", "numel", "root", "ridge", "held"])
 def _decode(
     sketch, words, norm, index_out, value_out, chunks, numel, root, ridge, held,
     K: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, LENGTH: tl.constexpr, C: tl.constexpr,
@@ -283,7 +283,7 @@ def _store(weight, at, x, chunk, entry, seed, mask, STOCHASTIC: tl.constexpr):
     tl.store(weight + at, x.to(weight.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["chunks", "numel", "lr", "keep", "seed"])
+@triton.jit(do_not_specialize=["norm", "chunks", "numel", "lr", "keep", "seed"])
 def _apply(
     weight, index, value, norm, chunks, numel, lr, keep, seed,
     S: tl.constexpr, SLOTS: tl.constexpr, C: tl.constexpr, ENTRIES: tl.constexpr, DECAYS: tl.constexpr,

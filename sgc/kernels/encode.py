@@ -236,7 +236,7 @@ def _chosen(
     return key, tag, rest
 
 
-@triton.jit(do_not_specialize=["chunks", "numel", "eps", "beta", "weight", "root", "held"])
+@triton.jit(do_not_specialize=["norm", "chunks", "numel", "eps", "beta", "weight", "root", "held"])
 def _encode(
     gradient, factor, norm, a, b, words, out, square, chunks, numel, eps, beta, weight, root, held,
     WHITEN: tl.constexpr, CLIP_AT: tl.constexpr, K: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr,
