@@ -103,7 +103,8 @@ SKETCHED = (
     "sgc(sketch_size=32, moments='subspace')",
     "sgc(sketch_size=32, rank=8)",
 )
-MEMORYLESS = ("sgc()", "sgc(min_size=1024)", "sgc(sparsity=4)", "sgc(sparsity=32)")
+SMALLEST = "sgc(min_size=16)"  # vectors from 256 entries on are compressed, too
+MEMORYLESS = ("sgc()", "sgc(min_size=1024)", SMALLEST, "sgc(sparsity=4)", "sgc(sparsity=32)")
 
 SUITES = {
     # The two tasks on which every optimizer is run; on the small one also every kind of SGC.
@@ -113,7 +114,7 @@ SUITES = {
         (Setting("SST-2", 150, 16),),
         (
             *("adamw", "frozen", "sgc()", "sgc(sketch_size=32)", "adafactor", GALORE, APOLLO, "lora(rank=8)"),
-            *("adamw8bit", "sgd_momentum", "came", "dora(rank=8)"),
+            *("adamw8bit", "sgd_momentum", "came", "dora(rank=8)", SMALLEST),
         ),
     ),
     # The Llama of the repository learns to do as it is told; and a commonsense set.
@@ -121,7 +122,7 @@ SUITES = {
         (Setting("tiny-llama:skills", 100, 16),),
         (
             *("adamw", "sgc()", "adafactor", GALORE, APOLLO, "lora(rank=8)", "frozen", "sgc(sketch_size=32)"),
-            *("adamw8bit", "sgd_momentum", "came", "dora(rank=8)"),
+            *("adamw8bit", "sgd_momentum", "came", "dora(rank=8)", SMALLEST),
         ),
     ),
     "commonsense": Suite(

@@ -153,6 +153,22 @@ def test_gradients_that_are_not_finite_or_all_zero_move_what_they_move_in_torch(
     check((12, 96), device, monkeypatch, "batch", spoiled=True, count=6, sketch_size=sketch_size)
 
 
+@pytest.mark.parametrize("spoiled", [0, 1])
+def test_a_gradient_that_is_not_finite_stops_no_other_tensor(spoiled, device, monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    params = [torch.nn.Parameter(torch.ones(12, 96, device=device)) for _ in range(2)]
+    optimizer = SGC(params, **OPTIONS)
+    for param in params:
+        param.grad = torch.randn(12, 96, device=device)
+    params[spoiled].grad[3, 5] = float("nan")
+    optimizer.step()
+    assert torch.equal(params[spoiled], torch.ones(12, 96, device=device))
+    assert not torch.equal(params[1 - spoiled], torch.ones(12, 96, device=device))
+    assert optimizer.stats()["skipped_tensors"] == 1
+    assert not optimizer.state[params[spoiled]]
+    assert optimizer.state[params[1 - spoiled]]["sketch"].any()
+
+
 def test_kernels_make_the_steps_of_torch_without_weight_decay(device, monkeypatch):
     check((12, 96), device, monkeypatch, "batch", weight_decay=0.0)
 
@@ -165,6 +181,7 @@ def test_kernels_make_the_steps_of_torch_on_sketches_in_bf16(device, monkeypatch
 
 def test_kernels_make_the_steps_of_torch_without_a_sketch(device, monkeypatch):
     check((12, 96), device, monkeypatch, "batch", sketch_size=0)
+    check((12, 96), device, monkeypatch, "batch", sketch_size=0, recovered=2)
     check((12, 96), device, monkeypatch, "square_sums select apply", sketch_size=0, batched=False)
 
 
