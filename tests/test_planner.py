@@ -1,6 +1,7 @@
 """A plan against what really happens: peers' states to the byte, peaks under torch's own tracker, and refusals."""
 
 import contextlib
+import functools
 import json
 import warnings
 
@@ -12,6 +13,7 @@ from transformers import AutoConfig, LlamaConfig
 
 import sgc
 from benchmarks import memory, peers
+from sgc import compiled
 from sgc.planner import BUILT_IN, PlanError, adapters, optimizers, plan
 from sgc.planner.models import check_run, load_config, make_model, parse_bytes
 from sgc.planner.sharding import Devices
@@ -272,14 +274,38 @@ def test_the_peak_of_a_step_is_predicted_within_5_percent(spec, dtype):
     assert row.state == measured["state_bytes"]
 
 
-def test_what_a_tall_matrix_needs_is_extrapolated_within_2_percent():
-    info, options = Info("weight", (20_000, 768), torch.bfloat16), (("sketch_size", 16),)
-    assert info.numel > 2 * optimizers.STRIP * 2**18  # 58 blocks, extrapolated from 24 and 48
-    whole = optimizers._measure_step(info.shape, info.dtype, options)[0]
-    assert optimizers.step_temporaries(info, options) == pytest.approx(whole, rel=0.02)
-    assert whole > 1.05 * optimizers._measure_step((10_000, 768), info.dtype, options)[0]  # there is something to find
-    whole = optimizers._measure_attached(info.shape, info.dtype, (), 8)
-    assert optimizers.attached_temporaries(info, (), 8) == pytest.approx(whole, rel=0.02)
+def most(measured):
+    return tuple(max(sites.values()) for sites in measured)
+
+
+@pytest.mark.parametrize("sketch_size", [0, 16])
+def test_what_a_tall_matrix_needs_is_extrapolated_within_a_thousandth(sketch_size):
+    """In plain torch entries that tie at a cut take a few hundred kB more in some blocks: which, the data decide."""
+    close = functools.partial(pytest.approx, rel=0.001 if compiled.choose().path == "numba" else 0.04)
+    options, shape = (("sketch_size", sketch_size),), (80 * 341, 768)  # blocks of 341 rows
+    info = Info("weight", shape, torch.bfloat16)
+    (step,) = most(optimizers._measure_step(shape, info.dtype, options))
+    assert optimizers.step_temporaries(info, options) == close(step)
+    both = most(optimizers._measure_attached(shape, info.dtype, options, 8))
+    assert optimizers.attached_temporaries(info, options, 8) == close(both)
+    if sketch_size and compiled.choose().path == "numba":  # past 66 blocks another operation is the peak
+        strips = [most(optimizers._measure_step((n * 341, 768), info.dtype, options))[0] for n in (24, 32)]
+        assert strips[0] + (strips[1] - strips[0]) * (80 - 24) / (32 - 24) < 0.95 * step
+
+
+@pytest.mark.parametrize("shape", [(8, 2000, 768), (12_300_000,)])
+def test_stacks_and_long_vectors_are_extrapolated_as_matrices_are(shape, monkeypatch):
+    info, options = Info("weight", shape, torch.bfloat16), (("sketch_size", 8),)
+    measure, measured = optimizers._measure_step, []
+
+    def spied(shape, *more):
+        measured.append(shape)
+        return measure(shape, *more)
+
+    whole = most(measure(shape, info.dtype, options))[0]
+    monkeypatch.setattr(optimizers, "_measure_step", spied)
+    assert optimizers.step_temporaries(info, options) == pytest.approx(whole, rel=0.001)
+    assert [round(torch.Size(strip).numel() / 2**18, 1) for strip in measured] == [24.0, 28.0, 32.0]
 
 
 def test_compressed_gradients_are_never_all_there():

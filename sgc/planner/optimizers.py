@@ -7,19 +7,20 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 
 from sgc import memory
-from sgc.codec.layout import BLOCK_ENTRIES, make_layout
+from sgc.codec.layout import make_layout
 from sgc.optimizer import SGC
 from sgc.planner.models import DTYPES, PlanError
 from sgc.planner.trace import Info, Tracker
 
 FP32 = 4
-STRIPS = (24, 32)  # blocks, more than any stage works on at a time, from which a tensor of more is extrapolated
+STRIPS = (24, 28, 32)  # blocks, whole groups of what stages work on at a time; a tensor of more is extrapolated
 Site = tuple[Any, ...]  # an operation, and the calls that led to it
 
 
@@ -119,22 +120,11 @@ def attached(sample_every: int = 8, **kwargs: Any) -> Contender:
 
 
 def hook_temporaries(infos: Sequence[Info], contender: Contender) -> dict[tuple[int, ...], int]:
-    """Find what the hook holds while it compresses a gradient, by shape of the tensor.
-
-    The largest tensor is measured, and those small enough; the others hold as much less as they are smaller.
-    """
+    """Find what the hook holds while it compresses a gradient, by shape of the tensor."""
     assert contender.sgc is not None  # asked of SGC alone
     options, every = tuple(sorted(contender.sgc.items())), (contender.attach or {}).get("sample_every", 8)
-    found: dict[tuple[int, ...], int] = {}
-    for info in sorted(infos, key=lambda info: -info.numel):
-        if info.shape in found:
-            continue
-        if found and info.numel > STRIPS[1] * BLOCK_ENTRIES:
-            largest = max(found, key=math.prod)
-            found[info.shape] = round(found[largest] * info.numel / math.prod(largest))
-        else:
-            found[info.shape] = attached_temporaries(info, options, every)[0]
-    return found
+    shapes = {info.shape: info for info in infos}
+    return {shape: attached_temporaries(info, options, every)[0] for shape, info in shapes.items()}
 
 
 def compressor_entries(model: nn.Module, contender: Contender) -> dict[str, int]:
@@ -166,21 +156,30 @@ def attached_temporaries(info: Info, options: tuple[tuple[str, Any], ...], sampl
 
 
 def _of_whole(info: Info, measure: Callable[[tuple[int, ...]], tuple[dict[Site, int], ...]]) -> tuple[int, ...]:
-    """Measure a tensor; of one with many rows two strips.
+    """Measure a tensor; of one with many blocks two strips.
 
     At each site what is held grows by the same with every block. The peak does not: it moves to the sites that grow
-    fastest, so that every site is extrapolated and the most is sought among them then.
+    fastest, so that every site is extrapolated and the most is sought among them then. Sites that do not grow so are
+    branches that data decide, as where entries tie: what they hold more than all others is added as it is.
     """
     layout = make_layout(info.shape, 256)
     rows = next((rows.stop for rows, _ in layout.blocks()), 0)
-    if len(info.shape) != 2 or layout.rows != info.shape[0] or layout.rows <= STRIPS[1] * rows:
+    strips: list[tuple[int, ...]] = [(blocks * rows, layout.cols) for blocks in STRIPS]
+    if len(info.shape) == 1:  # as ragged, since that makes a padded copy
+        strips = [(math.prod(strip) + layout.numel - layout.rows * layout.cols,) for strip in strips]
+    alike = all(make_layout(strip, 256).cols == layout.cols for strip in strips)
+    if layout.rows <= STRIPS[-1] * rows or not alike:
         return tuple(max(sites.values(), default=0) for sites in measure(info.shape))
-    one, two = (measure((blocks * rows, layout.cols)) for blocks in STRIPS)
-    more = (layout.rows / rows - STRIPS[0]) / (STRIPS[1] - STRIPS[0])
-    return tuple(
-        max(round(first.get(site, held) + (held - first.get(site, held)) * more) for site, held in second.items())
-        for first, second in zip(one, two, strict=True)
-    )
+    return tuple(_extrapolated(sites, layout.rows / rows) for sites in zip(*map(measure, strips), strict=True))
+
+
+def _extrapolated(strips: Sequence[dict[Site, int]], blocks: float) -> int:
+    """Give the most that is held of a tensor of so many blocks, from what is held at each site of STRIPS."""
+    first, middle, last = strips
+    steady = [site for site in last if first.get(site, -1) + last[site] == 2 * middle.get(site, -1)]
+    more = (blocks - STRIPS[-1]) / (STRIPS[-1] - STRIPS[0])
+    irregular = max(last.values()) - max(last[site] for site in steady)
+    return irregular + max(round(last[site] + (last[site] - first[site]) * more) for site in steady)
 
 
 @functools.lru_cache(maxsize=256)
@@ -242,7 +241,7 @@ class _BySite(Tracker):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         made = super().__torch_dispatch__(func, types, args, kwargs)
         calls: list[Any] = [func]
-        frame = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code is not _temporaries.__code__:
             calls += frame.f_code, frame.f_lasti
             frame = frame.f_back

@@ -211,7 +211,7 @@ class _Planner:
         for held in _compressed(traced, entries, one) if one.attach is not None else traced.moments:
             yield on_device(held)
         left = sum(info.bytes for info in trained if info.name not in entries) + FP32 * sum(entries.values())
-        step = one.step(self.devices.updated(trained))
+        step = self.devices.step(one, trained)
         yield on_device(Held(gradients=left, temporaries=step + more.temporaries))
 
     def largest(self, make: Callable[[int], Contender], room: int | None) -> int | None:

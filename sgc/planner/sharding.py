@@ -74,11 +74,26 @@ class Devices:
             return contender.held([self._partition(trained)])
         return contender.held([self.share(info) for info in trained])
 
-    def updated(self, infos: Sequence[Info]) -> list[Info]:
-        """List what a step updates on this device."""
+    def step(self, contender: Contender, infos: Sequence[Info]) -> int:
+        """Count the bytes of temporaries, at most, while a step updates what this device has of the trained tensors."""
         if not self.shards:
-            return list(infos)
-        return [self._partition(infos)] if self.flat else [self.share(info) for info in infos]
+            return contender.step(infos)
+        if not self.flat:
+            return contender.step([self.share(info) for info in infos])
+        if contender.sgc is None:
+            return contender.step([self._partition(infos)])
+        pieces = [self._piece(info, infos) for info in infos]
+        sketches = FP32 * _sketch_entries(infos, contender) // self.world_size  # made of all pieces before any moves
+        squares = FP32 * max((piece.numel for piece in pieces), default=0)
+        return max(squares, sketches + contender.step(pieces))
+
+    def _piece(self, info: Info, infos: Sequence[Info]) -> Info:
+        """Give the most of a tensor that lies in one partition, in whole rows."""
+        entries = math.ceil(info.numel / self.world_size)
+        if self.strategy != "zero3":  # cut where memory says
+            entries = min(info.numel, self._partition(infos).numel)
+        cols = math.prod(info.shape[1:])
+        return Info(info.name, (math.ceil(entries / cols), *info.shape[1:]) if info.shape else (), torch.float32)
 
     def _partition(self, infos: Sequence[Info]) -> Info:
         entries = math.ceil(sum(info.numel for info in infos) / self.world_size)
@@ -128,6 +143,12 @@ def _blocks(infos: Sequence[Info]) -> tuple[list[int], int]:
             key = ".".join(parts[: at + 1])
             blocks[key] = blocks.get(key, 0) + info.bytes
     return list(blocks.values()), rest
+
+
+def _sketch_entries(infos: Sequence[Info], contender: Contender) -> int:
+    group = SGC([torch.nn.Parameter(torch.empty(1))], **(contender.sgc or {})).param_groups[0]
+    held = (memory.state_schema(info.shape, group).get("sketch") for info in infos)
+    return sum(math.prod(shape) for shape, _ in filter(None, held))
 
 
 def _shard_bytes(infos: Sequence[Info], group: Any, world_size: int) -> int:
