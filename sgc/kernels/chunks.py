@@ -101,23 +101,6 @@ def take_top(key, tag, COUNT: tl.constexpr, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def candidates_of(key, COUNT: tl.constexpr, SLOTS: tl.constexpr, LENGTH: tl.constexpr):
-    """Entries (C, SLOTS·LENGTH) among which are the COUNT largest of (C, N): those of the groups of largest maxima.
-
-    An entry outside the COUNT groups whose best entries come first has those COUNT entries before it. Groups are ranges
-    of entries, so of two groups with equal maxima the lower one holds the lower entry. An entry of −1 stands for none.
-    Also the largest key (C,) of the groups left out.
-    """
-    GROUPS: tl.constexpr = key.shape[1] // LENGTH
-    best = tl.max(tl.reshape(key, (key.shape[0], GROUPS, LENGTH)), 2)
-    group = tl.zeros((key.shape[0], GROUPS), tl.int32) + tl.arange(0, GROUPS)[None, :]
-    _, chosen, left = take_top(best, group, COUNT, SLOTS)
-    entry = tl.where(chosen < 0, -1, chosen * LENGTH)[:, :, None] + tl.arange(0, LENGTH)[None, None, :]
-    entry = tl.where(chosen[:, :, None] < 0, -1, entry)
-    return tl.reshape(entry, (key.shape[0], SLOTS * LENGTH)), tl.max(left, 1)
-
-
-@triton.jit
 def magnitude(x):
     """A key that orders as |x| does: the bits of a float ≥ 0."""
     return tl.abs(x).to(tl.int32, bitcast=True)
@@ -126,7 +109,7 @@ def magnitude(x):
 @triton.jit
 def tag_of(entry, x):
     """An entry and the sign of its value in one number that orders as the entry does."""
-    return entry * 2 + (x < 0).to(tl.int32)
+    return entry * 2 + (x.to(tl.uint32, bitcast=True) >> 31).to(tl.int32)
 
 
 @triton.jit
@@ -134,6 +117,13 @@ def signed(key, tag):
     """The value whose magnitude and tag these are."""
     x = key.to(tl.float32, bitcast=True)
     return tl.where(tag & 1 == 1, -x, x)
+
+
+@triton.jit
+def flipped(x, word, row):
+    """x where bit `row` mod 32 of a word is set, and −x elsewhere, of shapes that broadcast."""
+    sign = ~(word << (31 - row % 32)) & -0x80000000
+    return (x.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
