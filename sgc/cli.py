@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,6 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _plan(given: argparse.Namespace) -> int:
     from sgc.planner import plan
 
+    if given.strategy is not None and given.world_size is None:
+        raise ValueError(f"--strategy {given.strategy} needs --world-size, the number of devices")
+    folder = None if given.plot is None else Path(given.plot).absolute().parent
+    if folder is not None and not folder.is_dir():  # before a minute's work
+        raise ValueError(f"--plot needs a folder that is there, got {given.plot!r}")
     found = plan(
         given.model,
         gpu_memory=given.gpu_memory,
@@ -30,8 +36,8 @@ def _plan(given: argparse.Namespace) -> int:
         gradient_checkpointing=given.gradient_checkpointing,
         dtype=given.dtype,
         loss=given.loss,
-        world_size=given.world_size,
-        strategy=given.strategy,
+        world_size=1 if given.world_size is None else given.world_size,
+        strategy=given.strategy or "ddp",
         reserve=given.reserve,
         lora_rank=given.lora_rank,
         galore_rank=given.galore_rank,
@@ -69,8 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in backward")
     plan.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"), help="of the weights (bf16)")
     plan.add_argument("--loss", default="plain", choices=("plain", "chunked"), help="how logits become a loss (plain)")
-    plan.add_argument("--world-size", type=int, default=1, metavar="N", help="devices (1)")
-    plan.add_argument("--strategy", default="ddp", choices=("ddp", "fsdp2", "zero1", "zero2", "zero3"))
+    plan.add_argument("--world-size", type=int, metavar="N", help="devices (1)")
+    plan.add_argument(
+        "--strategy", choices=("ddp", "fsdp2", "zero1", "zero2", "zero3"), help="how the devices share (ddp)"
+    )
     plan.add_argument("--reserve", metavar="SIZE", help="kept for what is not tensors (1GB)")
     plan.add_argument("--lora-rank", type=int, default=8, metavar="R")
     plan.add_argument("--galore-rank", type=int, default=128, metavar="R")

@@ -31,6 +31,7 @@ from sgc.step import (
     gradient_norm,
     lowrank_update,
     sketched_update,
+    square_sums,
 )
 from sgc.zero import Partition, Piece, Tools, find_pieces, on_cpu
 
@@ -292,14 +293,15 @@ class SGC(torch.optim.Optimizer):
         ready, batches = self._split_batches(self._with_parts(ready))
         if ready:
             self._settle()
-        norms = _norms([gradient for _, _, gradient, _ in ready])
+        sums = [_sums(*entry[1:]) for entry in ready]
+        norms = _norms([gradient for _, _, gradient, _ in ready], sums)
         moving = (entry[2] for entry, norm in zip(ready, norms, strict=True) if math.isfinite(norm) and norm > 0)
         sharded.reduce_sketches((part for part in moving if isinstance(part, sharded.Part)), self._projection)
-        for (number, param, gradient, group), norm in zip(ready, norms, strict=True):
+        for (number, param, gradient, group), norm, known in zip(ready, norms, sums, strict=True):
             if not math.isfinite(norm):
                 self._skipped += 1
             elif norm >= 0:
-                self._update(number, param, gradient, group, moves=norm > 0)
+                self._update(number, param, gradient, group, norm > 0, known)
         self._unsettled.append((norms, {device: self._batches[device].update(batches[device]) for device in batches}))
         if not batches:
             self._settle()
@@ -444,8 +446,16 @@ class SGC(torch.optim.Optimizer):
             within -= len(group["params"])
         raise IndexError(number)
 
-    def _update(self, number: int, param: Tensor, gradient: Any, group: dict[str, Any], moves: bool) -> None:
-        """Update one tensor; without `moves`, only decay it."""
+    def _update(
+        self,
+        number: int,
+        param: Tensor,
+        gradient: Any,
+        group: dict[str, Any],
+        moves: bool,
+        sums: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """Update one tensor, given what `_sums` gives; without `moves`, only decay it."""
         part = gradient if isinstance(gradient, sharded.Part) else None
         state, layout = self._state_of(param, group), memory.tensor_layout(param.shape, group)
         own = param
@@ -490,9 +500,9 @@ class SGC(torch.optim.Optimizer):
                 apply_sparse(weight, layout, sparse, scaled, decay, rounding)
                 self._probe(param, layout, projection, group, sparse)
             elif group["recovered"] is None:
-                apply_memoryless(weight, gradient, state, layout, group, scaled, decay, rounding)
+                apply_memoryless(weight, gradient, state, layout, group, scaled, decay, rounding, sums)
             else:
-                sparse = compressed_update(gradient, state, layout, projection, group, generator)
+                sparse = compressed_update(gradient, state, layout, projection, group, generator, sums)
                 apply_sparse(weight, layout, sparse, scaled, decay, rounding)
                 self._probe(param, layout, projection, group, sparse)
         if weight is not own:
@@ -750,11 +760,20 @@ def _batched(group: Mapping[str, Any]) -> bool:
     return not group["sketch_size"] or (group["moments"] == "residual" and group["state_dtype"] == "float32")
 
 
-def _norms(gradients: list[Tensor]) -> list[float]:
+def _sums(param: Tensor, gradient: Any, group: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Sum g² over the rows and columns of a gradient that is to be whitened, which gives its norm in the same read."""
+    layout = memory.tensor_layout(param.shape, group)
+    if type(gradient) is not Tensor or layout is None or memory.has_basis(param.shape, group):
+        return None
+    return square_sums(layout.grid(gradient), layout) if group["moments"] in moments.FACTORED else None
+
+
+def _norms(gradients: list[Tensor], sums: list[tuple[Tensor, Tensor] | None]) -> list[float]:
     """Give the norm of every gradient in one synchronization: inf or nan where it is not finite, −1 where none came."""
     if not gradients:
         return []
-    norms = [_norm(gradient) for gradient in gradients]
+    pairs = zip(gradients, sums, strict=True)
+    norms = [_norm(gradient) if known is None else known[0].sum().sqrt() for gradient, known in pairs]
     return torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()
 
 

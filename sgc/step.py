@@ -45,6 +45,7 @@ def compressed_update(
     projection: Projection | None,
     group: Mapping[str, Any],
     generator: torch.Generator | None,
+    sums: tuple[Tensor, Tensor] | None = None,
 ) -> Update:
     """Advance the state of one tensor by one gradient, and recover its update u.
 
@@ -55,10 +56,11 @@ def compressed_update(
         projection: A, or None for the memoryless rule, which applies what it selects.
         group: the hyperparameters.
         generator: for the stochastic rounding of bf16 sketches.
+        sums: of g² over the rows and columns of the grid, where they are known; they are changed.
     """
     grid, whitening = layout.grid(gradient), None
     if group["moments"] in moments.FACTORED:
-        row, col = mean_squares(grid, layout)
+        row, col = mean_squares(grid, layout) if sums is None else means(*sums, layout)
         whitening = whiten_by(state, row, col, group["betas"][1], int(state["step"]))
     return whitened_update(grid, whitening, state, layout, projection, group, generator)
 
@@ -317,6 +319,7 @@ def apply_memoryless(
     lr: float,
     decay: float,
     generator: torch.Generator | None,
+    sums: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """W ← (1 − decay)·W − lr·w: without a sketch and without sparsity, the whitened gradient is the update.
 
@@ -329,9 +332,10 @@ def apply_memoryless(
         lr: learning rate times scale, negative to maximize.
         decay: learning rate times weight decay.
         generator: for stochastic rounding, or None.
+        sums: as in `compressed_update`.
     """
     grid = layout.grid(gradient)
-    row, col = mean_squares(grid, layout)
+    row, col = mean_squares(grid, layout) if sums is None else means(*sums, layout)
     whitening = whiten_by(state, row, col, group["betas"][1], int(state["step"]))
     apply_whitened(weight, grid, layout, whitening, group["eps"], lr, decay, generator)
 

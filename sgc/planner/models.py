@@ -159,8 +159,8 @@ def load_config(model: str | PretrainedConfig) -> PretrainedConfig:
         close = difflib.get_close_matches(name.lower(), BUILT_IN, n=1, cutoff=0.5)
         raise PlanError(
             f"no model {name!r} here, and none of that name could be had from the Hugging Face hub"
-            + (f"; did you mean {close[0]!r}?" if close else ";")
-            + f" Built-in shapes are {', '.join(BUILT_IN)}"
+            + (f" (did you mean {close[0]!r}?)" if close else "")
+            + f"; built-in shapes are {', '.join(BUILT_IN)}"
         ) from error
 
 
@@ -219,10 +219,12 @@ def _first_line(error: BaseException) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Leave it to the one sentence to say what is wrong."""
-    logger = logging.getLogger("transformers")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -73,6 +74,8 @@ def contender(spec: str, dtype: torch.dtype) -> Contender:
         "qlora": lambda: adapters("qlora", **_numbers({"rank": "8", **pairs})),
         "sgd": lambda: SGD,
     }
+    if name in ("galore", "apollo", "lora", "qlora") and re.fullmatch(r"0+|-\d+", pairs.get("rank", "")):
+        raise PlanError(f"the rank must be at least 1, got {spec!r}")
     try:
         return replace(makers[name](), spec=spec)
     except (KeyError, ValueError, TypeError) as error:

@@ -139,6 +139,10 @@ def plan(
         raise PlanError(f'the loss must be "plain" or "chunked", got {loss!r}')
     budget = None if gpu_memory is None else parse_bytes(gpu_memory)
     kept = (0 if budget is None else 10**9) if reserve is None else 0 if reserve in (0, "0") else parse_bytes(reserve)
+    if budget is not None and budget < kept:
+        raise PlanError(f"memory must be at least the {kept:,} bytes kept free, got {gpu_memory!r}: {budget:,} bytes")
+    if optimizers is not None and (isinstance(optimizers, str) or not optimizers):
+        raise PlanError(f"the optimizers must be a list of at least one spec, got {optimizers!r}")
     devices = Devices(world_size, strategy)
     run = Run(config, DTYPES[dtype], batch_size, sequence_length, gradient_checkpointing, loss == "chunked")
     planner = _Planner(run, devices)

@@ -33,8 +33,8 @@ class Devices:
     strategy: str
 
     def __post_init__(self) -> None:
-        if self.world_size < 1:
-            raise PlanError(f"the world size must be at least 1, got {self.world_size}")
+        if not (isinstance(self.world_size, int) and self.world_size >= 1):
+            raise PlanError(f"the world size must be a whole number of at least 1, got {self.world_size!r}")
         if self.strategy not in STRATEGIES:
             raise PlanError(f"the strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
 
