@@ -124,11 +124,17 @@ def test_other_amounts_of_memory_are_refused(text):
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
-        ({"model": "lama-3-8b"}, "did you mean 'llama-3-8b'.*Built-in shapes are llama-2-7b"),
+        ({"model": "lama-3-8b"}, "did you mean 'llama-3-8b'.*built-in shapes are llama-2-7b"),
         ({"batch_size": 0}, "batch size must be a whole number of at least 1, got 0"),
         ({"sequence_length": 65}, "at most the model's 64 positions, got 65"),
         ({"dtype": "int8"}, "dtype must be one of fp32, bf16, fp16, got 'int8'"),
-        ({"world_size": 0}, "world size must be at least 1, got 0"),
+        ({"world_size": 0}, "world size must be a whole number of at least 1, got 0"),
+        ({"world_size": 2.5}, "world size must be a whole number of at least 1, got 2.5"),
+        ({"gpu_memory": 24}, "at least the 1,000,000,000 bytes kept free, got 24: 24 bytes"),
+        ({"optimizers": []}, "a list of at least one spec, got \\[\\]"),
+        ({"optimizers": "sgd"}, "a list of at least one spec, got 'sgd'"),
+        ({"lora_rank": 0}, "rank must be at least 1, got 'lora\\(rank=0\\)'"),
+        ({"optimizers": ["galore(rank=-5)"]}, "rank must be at least 1, got 'galore\\(rank=-5\\)'"),
         ({"world_size": 2, "strategy": "magic"}, "strategy must be one of ddp, fsdp2"),
         ({"gpu_memory": "much"}, "memory must be a positive amount"),
         ({"loss": "other"}, 'loss must be "plain" or "chunked"'),
@@ -406,6 +412,36 @@ def test_what_does_not_run_on_shards_is_said_to(spec):
     assert row.at_peak is None
     assert row.fits is False
     assert row.note == "not under fsdp2"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "around"),
+    [  # the share of gradients held, weights held throughout, and what comes on top; counted by hand
+        ("ddp", (1.0, 286, Held(gradients=254))),
+        ("zero1", (1.0, 286, Held(weights=128, temporaries=128))),
+        ("zero2", (0.25, 286, Held(weights=128, gradients=254, temporaries=128))),
+        ("zero3", (0.25, 74, Held(weights=318 + 128, gradients=134, temporaries=128))),
+        ("fsdp2", (0.25, 96, Held(weights=318, gradients=134))),
+    ],
+)
+def test_four_devices_hold_the_parts_that_each_strategy_leaves_them(strategy, around):
+    """127 trained entries in bf16: 60 and 7 outside of blocks, 30 in each of two; 16 more in the first are frozen.
+
+    Gathered are the 134 bytes outside of blocks and two blocks, each as large as the largest, which has 92.
+    """
+    shapes = {"embed": (10, 6), "layers.0.up": (5, 6), "layers.1.up": (5, 6), "norm": (7,)}
+    params = [Info(f"{name}.weight", shape, torch.bfloat16) for name, shape in shapes.items()]
+    params.append(Info("layers.0.frozen.weight", (4, 4), torch.bfloat16, trained=False))
+    assert Devices(4, strategy).around(params) == around
+
+
+@pytest.mark.parametrize(("strategy", "largest"), [("zero1", 8192 * 512), ("zero3", 4096 * 512)])
+def test_a_step_on_zeros_pieces_holds_the_squares_of_one_or_the_sketches_of_all(strategy, largest):
+    trained = infos(real(tiny(hidden_size=512, intermediate_size=1024, vocab_size=8192)))
+    plain, sketched = (Devices(2, strategy).step(optimizers.sgc(sketch_size=k), trained) for k in (0, 128))
+    assert plain == 4 * largest
+    sketches = 4 * 128 * sum(info.numel for info in trained if len(info.shape) > 1) // 256 // 2
+    assert sketched > max(sketches, plain)
 
 
 def test_under_ddp_the_buckets_hold_every_whole_gradient_again():
