@@ -435,6 +435,12 @@ def test_four_devices_hold_the_parts_that_each_strategy_leaves_them(strategy, ar
     assert Devices(4, strategy).around(params) == around
 
 
+def test_flat_partitions_are_of_fp32():
+    params = [Info("weight", (10, 6), torch.bfloat16), Info("norm", (7,), torch.bfloat16)]
+    assert Devices(4, "zero1").step(optimizers.ADAFACTOR, params) == 2 * 4 * 17  # of 67 entries in four partitions
+    assert Devices(4, "fsdp2").step(optimizers.ADAFACTOR, params) == 4 * 4 * 18  # of 16-bit shards of three rows
+
+
 @pytest.mark.parametrize(("strategy", "largest"), [("zero1", 8192 * 512), ("zero3", 4096 * 512)])
 def test_a_step_on_zeros_pieces_holds_the_squares_of_one_or_the_sketches_of_all(strategy, largest):
     trained = infos(real(tiny(hidden_size=512, intermediate_size=1024, vocab_size=8192)))
