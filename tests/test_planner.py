@@ -13,7 +13,8 @@ from transformers import AutoConfig, LlamaConfig
 
 import sgc
 from benchmarks import memory, peers
-from sgc import compiled
+from sgc import compiled, zero
+from sgc import memory as codec_memory
 from sgc.planner import BUILT_IN, PlanError, adapters, optimizers, plan
 from sgc.planner.models import check_run, load_config, make_model, parse_bytes
 from sgc.planner.sharding import Devices
@@ -433,6 +434,15 @@ def test_four_devices_hold_the_parts_that_each_strategy_leaves_them(strategy, ar
     params = [Info(f"{name}.weight", shape, torch.bfloat16) for name, shape in shapes.items()]
     params.append(Info("layers.0.frozen.weight", (4, 4), torch.bfloat16, trained=False))
     assert Devices(4, strategy).around(params) == around
+
+
+def test_a_partition_of_zero_holds_the_state_of_its_pieces():
+    params = [Info("weight", (1000, 256), torch.float32), Info("norm", (200,), torch.float32)]
+    contender, size = optimizers.sgc(sketch_size=8), (1000 * 256 + 200) // 2
+    group = sgc.SGC([nn.Parameter(torch.empty(1))], sketch_size=8).param_groups[0]
+    last = [zero.Piece(0, (1000, 256), size, 256_000, 0), zero.Piece(1, (200,), 0, 200, 256_000 - size)]  # most
+    held = sum(codec_memory.schema_bytes(zero.piece_schema(piece, group)) for piece in last)
+    assert Devices(2, "zero2").state(contender, params) == held + contender.shared(params)
 
 
 def test_flat_partitions_are_of_fp32():
