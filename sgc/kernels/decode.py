@@ -14,21 +14,22 @@ from sgc.codec.layout import Layout
 from sgc.codec.project import Projection
 from sgc.codec.recover import RIDGE
 from sgc.kernels.chunks import (
+    NO_TAG,
     OUTSIDE,
     PADDING,
+    TAKEN,
+    flipped,
     group_length,
     is_real,
     magnitude,
     on_device_of,
     popcount,
     power_of_two,
-    project_word,
     root_of,
     shape_of,
     signed,
     start_of,
     tag_of,
-    take_top,
 )
 from sgc.kernels.dense import mixed, noise_of
 
@@ -94,6 +95,7 @@ def decode(
         return index, value
     entries, slots = max(16, power_of_two(layout.chunk)), power_of_two(recovered)
     tile = min(128, max(16, min(TILE // entries, TILE // slots**2)))
+    length = group_length(entries, slots)
     words = projection.words(layout.chunk, sketch.device)
     with on_device_of(sketch):
         _decode[(triton.cdiv(layout.chunks, tile),)](
@@ -110,9 +112,10 @@ def decode(
             K=projection.sketch_size,
             S=recovered,
             SLOTS=slots,
-            LENGTH=group_length(entries, slots),
+            LENGTH=length,
             C=tile,
             ENTRIES=entries,
+            LANES=min(32 * WARPS // tile, entries // length, slots * length),
             TAKE=take,
             # the interpreter multiplies the bits of bf16 numbers, so there the three parts are multiplied in fp32
             DOT=tl.bfloat16 if isinstance(_decode, triton.JITFunction) else tl.float32,
@@ -174,11 +177,28 @@ def apply(
         )
 
 
+@triton.jit
+def _at(x, at, SIZE: tl.constexpr, P: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr):
+    """Elements of x, which has SIZE, at flat positions (P, C, LANES).
+
+    A gather of rank 1 goes through shared memory, one of rank 2 by shuffles, a hundred times as many.
+    """
+    return tl.reshape(tl.gather(tl.reshape(x, (SIZE,)), tl.reshape(at, (P * C * LANES,)), 0), (P, C, LANES))
+
+
+@triton.jit
+def _take_largest(key, tag):
+    """The largest keys (C,) of (P, C, LANES), of equal keys that of the lowest tag, and the keys without them."""
+    largest = tl.max(tl.max(key, 0), 1)
+    first = tl.min(tl.min(tl.where(key == largest[None, :, None], tag, NO_TAG), 0), 1)
+    return largest, first, tl.where(tag == first[None, :, None], TAKEN, key)
+
+
 @triton.jit(do_not_specialize=["norm", "chunks", "numel", "root", "ridge", "held"])
 def _decode(
     sketch, words, norm, index_out, value_out, chunks, numel, root, ridge, held,
     K: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, LENGTH: tl.constexpr, C: tl.constexpr,
-    ENTRIES: tl.constexpr, TAKE: tl.constexpr, DOT: tl.constexpr,
+    ENTRIES: tl.constexpr, LANES: tl.constexpr, TAKE: tl.constexpr, DOT: tl.constexpr,
     N: tl.constexpr, COLS: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """index, value = the s' of largest |Aᵀy|, by least squares; TAKE: y ← y − A·x̂.
@@ -187,85 +207,120 @@ def _decode(
     written. Operations for each entry of a chunk: 3·k multiply-adds on the tensor cores, k/C·3 to unpack signs, 2 for
     its group's maximum, and for the rounds 12·s'·√(s'/n); 6·s'³ for each chunk to solve.
     """
-    chunk = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)[:, None]
+    WHOLE: tl.constexpr = not PADDED and N == ENTRIES
+    chunk = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
+    there = tl.minimum(chunk, chunks - 1)[:, None]
     entry = tl.arange(0, ENTRIES)[None, :]
     bit = tl.arange(0, 32)
     score = tl.zeros((C, ENTRIES), tl.float32)
     for number in range((K + 31) // 32):
         row = number * 32 + bit[None, :]
-        y = tl.load(sketch + chunk * K + row, mask=(chunk < chunks) & (row < K), other=0.0)
+        if K % 32:
+            y = tl.load(sketch + there * K + row, mask=row < K, other=0.0)
+        else:
+            y = tl.load(sketch + there * K + row)
         high = y.to(tl.bfloat16)
         y -= high.to(tl.float32)
         middle = y.to(tl.bfloat16)
         low = (y - middle.to(tl.float32)).to(tl.bfloat16)
-        word = tl.load(words + number * held + entry, mask=entry < N, other=0)
+        if N == ENTRIES:
+            word = tl.load(words + number * held + entry)
+        else:
+            word = tl.load(words + number * held + entry, mask=entry < N, other=0)
         negative = ((word >> bit[:, None]) & 1) ^ 1
         sign = (0x3F80 | (negative << 15)).to(tl.int16).to(tl.bfloat16, bitcast=True).to(DOT)
-        score = tl.dot(low.to(DOT), sign, score)
-        score = tl.dot(middle.to(DOT), sign, score)
-        score = tl.dot(high.to(DOT), sign, score)
+        for _ in range(3):  # in a loop, since of products one after the other Triton lays out each in another way
+            score = tl.dot(low.to(DOT), sign, score)
+            low, middle, high = middle, high, low
 
-    # the support: groups of every (ENTRIES/LENGTH)-th entry, so that a thread finds their maxima among its own
+    # the support: groups of every so many-th entry, of each half where warps hold one, so that a thread finds their
+    # maxima among its own
     GROUPS: tl.constexpr = ENTRIES // LENGTH
-    inside = is_real(chunk, entry, chunks, numel, N, COLS, PIECES, PADDED)
-    size = tl.where(inside, tl.abs(score), tl.where(entry < N, PADDING, OUTSIDE).to(tl.float32))
-    best = tl.max(tl.reshape(size, (C, LENGTH, GROUPS)), 1)
-    group = tl.zeros((C, GROUPS), tl.int32) + tl.arange(0, GROUPS)[None, :]
-    _, chosen, _ = take_top(best, group, S, SLOTS)
-    slot = tl.arange(0, SLOTS)
-    score = tl.reshape(score, (C, LENGTH, GROUPS))
-    few = tl.zeros((C, SLOTS, LENGTH), tl.float32)
+    HALVES: tl.constexpr = 2 if C == 64 else 1
+    APART: tl.constexpr = GROUPS // HALVES
+    size = tl.abs(score)
+    if not WHOLE:
+        inside = is_real(chunk[:, None], entry, chunks, numel, N, COLS, PIECES, PADDED)
+        size = tl.where(inside, size, tl.where(entry < N, PADDING, OUTSIDE).to(tl.float32))
+    best = tl.max(tl.reshape(size, (C, HALVES, LENGTH, APART)), 2)
+    key = best.to(tl.int32, bitcast=True)
+    if not WHOLE:
+        key = tl.where(best < 0, best.to(tl.int32), key)
+    line = tl.arange(0, C)[None, :, None]
+    lane = tl.arange(0, LANES)[None, None, :]
+    group = tl.arange(0, GROUPS // LANES)[:, None, None] * LANES + lane
+    key = _at(key, line * GROUPS + group, C * GROUPS, GROUPS // LANES, C, LANES)
+    P: tl.constexpr = SLOTS * LENGTH // LANES
+    candidate = tl.arange(0, P)[:, None, None] * LANES + lane
+    chosen = tl.zeros((P, C, LANES), tl.int32)
     for number in range(S):
-        which = tl.sum(tl.where(slot[None, :] == number, chosen, 0), 1)
-        member = (group == which[:, None]).to(tl.float32)
-        found = tl.sum(score * member[:, None, :], 2)
-        few = tl.where(slot[None, :, None] == number, found[:, None, :], few)
-    few = tl.reshape(few, (C, SLOTS * LENGTH))
-    member = chosen[:, :, None] + GROUPS * tl.arange(0, LENGTH)[None, None, :]
-    at = tl.reshape(tl.where(chosen[:, :, None] < 0, -1, member), (C, SLOTS * LENGTH))
-    inside = is_real(chunk, at, chunks, numel, N, COLS, PIECES, PADDED) & (at >= 0)
-    key = tl.where(inside, magnitude(few), tl.where((at >= 0) & (at < N), PADDING, OUTSIDE))
-    key, tag, _ = take_top(key, tl.where(at >= 0, tag_of(at, few), -2), S, SLOTS)
-    index = tag >> 1
-    real = (key >= 0) & (slot < S)[None, :]
-    right = tl.where(real, signed(key, tag) * root, 0.0)
+        _, first, key = _take_largest(key, group)
+        chosen = tl.where(candidate // LENGTH == number, first[None, :, None], chosen)
+    member = chosen // APART * (ENTRIES // HALVES) + candidate % LENGTH * APART + chosen % APART
+    # blocks of 8 by 8, as a warp holds them, are stored without bank conflicts
+    blocks = tl.permute(tl.reshape(score, (C // 8, 8, ENTRIES // 8, 8)), (0, 2, 1, 3))
+    at = (line // 8 * (ENTRIES // 8) + member // 8) * 64 + line % 8 * 8 + member % 8
+    few = _at(blocks, at, C * ENTRIES, P, C, LANES)
+    key, tag = magnitude(few), tag_of(member, few)
+    if not WHOLE:
+        inside = is_real(chunk[None, :, None], member, chunks, numel, N, COLS, PIECES, PADDED)
+        key = tl.where(inside, key, tl.where(member < N, PADDING, OUTSIDE))
+    if S < SLOTS:
+        key = tl.where(candidate < S * LENGTH, key, TAKEN)
+    slot = tl.arange(0, SLOTS)[None, :]
+    best = tl.full((C, SLOTS), TAKEN, tl.int32)
+    tags = tl.zeros((C, SLOTS), tl.int32)
+    for number in range(S):
+        largest, first, key = _take_largest(key, tag)
+        best = tl.where(slot == number, largest[:, None], best)
+        tags = tl.where(slot == number, first[:, None], tags)
+    index = tags >> 1
+    real = best >= 0
+    right = tl.where(real, signed(best, tags) * root, 0.0)
+    other = tl.arange(0, SLOTS)[:, None, None]
+    others = tl.permute(index, (1, 0))[:, :, None]
 
     if S > 1:
-        # Gauss-Jordan elimination on Gram matrices (C, SLOTS, SLOTS), symmetric and positive with the ridge
-        apart = tl.zeros((C, SLOTS, SLOTS), tl.int32)
+        # Gauss-Jordan elimination on Gram matrices (SLOTS, C, SLOTS), symmetric and positive with the ridge, of which
+        # what is still to be eliminated stays symmetric
+        apart = tl.zeros((SLOTS, C, SLOTS), tl.int32)
         for number in range((K + 31) // 32):
             word = tl.load(words + number * held + index, mask=real, other=0)
-            apart += popcount(word[:, :, None] ^ word[:, None, :])
-        both = real[:, :, None] & real[:, None, :]
-        diagonal = (slot[:, None] == slot[None, :])[None, :, :]
-        gram = tl.where(both, 1.0 - apart.to(tl.float32) * (2.0 * root * root), 0.0)
-        gram = tl.where(diagonal, 1.0 + ridge, gram)
+            apart += popcount(word[None, :, :] ^ tl.permute(word, (1, 0))[:, :, None])
+        gram = 1.0 - apart.to(tl.float32) * (2.0 * root * root)
+        if not WHOLE or S < SLOTS:
+            gram = tl.where(real[None, :, :] & tl.permute(real, (1, 0))[:, :, None], gram, 0.0)
+        gram = tl.where(other == slot[None, :, :], 1.0 + ridge, gram)
+        pivots = tl.full((C, SLOTS), 1.0, tl.float32)
         for number in range(S):
             here = slot == number
-            column = tl.sum(tl.where(here[None, None, :], gram, 0.0), 2)
-            across = tl.sum(tl.where(here[None, :, None], gram, 0.0), 1)
-            pivot = tl.sum(tl.where(here[None, :], column, 0.0), 1)
-            value = tl.sum(tl.where(here[None, :], right, 0.0), 1)
-            factor = tl.where(here[None, :], 0.0, column / pivot[:, None])
-            gram -= factor[:, :, None] * across[:, None, :]
-            right -= factor * value[:, None]
-        right = right / tl.sum(tl.where(diagonal, gram, 0.0), 2)
+            column = tl.sum(tl.where(other == number, gram, 0.0), 0)
+            pivot = tl.sum(tl.where(here, column, 0.0), 1)[:, None]
+            value = tl.sum(tl.where(here, right, 0.0), 1)[:, None]
+            factor = tl.where(here, 0.0, column / pivot)
+            gram -= factor[None, :, :] * tl.permute(column, (1, 0))[:, :, None]
+            right -= factor * value
+            pivots = tl.where(here, pivot, pivots)
+        right = right / pivots
 
     if norm is not None:
         right = tl.where((tl.load(norm) > 0) & (tl.load(norm) < float("inf")), right, 0.0)
-    before = (index[:, None, :] < index[:, :, None]) & (slot < S)[None, None, :]
-    place = chunk * S + tl.sum(before.to(tl.int32), 2)
-    here = (chunk < chunks) & (slot < S)[None, :]
+    before = (others < index[None, :, :]) & (other < S)
+    place = chunk[:, None] * S + tl.sum(before.to(tl.int32), 0)
+    here = (chunk < chunks)[:, None] & (slot < S)
     tl.store(index_out + place, index.to(tl.int64), mask=here)
     tl.store(value_out + place, right, mask=here)
 
     if TAKE:
         tl.debug_barrier()  # all of y has been read
+        taken_value = tl.permute(right * root, (1, 0))[:, :, None]
         for number in range((K + 31) // 32):
             row = number * 32 + bit[None, :]
-            there, kept = sketch + chunk * K + row, (chunk < chunks) & (row < K)
-            taken = project_word(words, number, index, tl.where(real, right, 0.0) * root, held, N)
-            tl.store(there, tl.load(there, mask=kept) - taken, mask=kept)
+            kept = (chunk < chunks)[:, None] & (row < K)
+            drawn = tl.load(words + number * held + index, mask=real, other=0)
+            taken = tl.sum(flipped(taken_value, tl.permute(drawn, (1, 0))[:, :, None], row[None, :, :]), 0)
+            from_here = sketch + chunk[:, None] * K + row
+            tl.store(from_here, tl.load(from_here, mask=kept) - taken, mask=kept)
 
 
 @triton.jit
