@@ -212,9 +212,10 @@ def _decode(
     there = tl.minimum(chunk, chunks - 1)[:, None]
     entry = tl.arange(0, ENTRIES)[None, :]
     bit = tl.arange(0, 32)
+    order = bit // 2 + bit % 2 * 16  # as two signs at a time come from a word
     score = tl.zeros((C, ENTRIES), tl.float32)
     for number in range((K + 31) // 32):
-        row = number * 32 + bit[None, :]
+        row = number * 32 + order[None, :]
         if K % 32:
             y = tl.load(sketch + there * K + row, mask=row < K, other=0.0)
         else:
@@ -224,13 +225,14 @@ def _decode(
         middle = y.to(tl.bfloat16)
         low = (y - middle.to(tl.float32)).to(tl.bfloat16)
         if N == ENTRIES:
-            word = tl.load(words + number * held + entry)
+            word = tl.load(words + number * held + entry.trans())
         else:
-            word = tl.load(words + number * held + entry, mask=entry < N, other=0)
-        negative = ((word >> bit[:, None]) & 1) ^ 1
-        sign = (0x3F80 | (negative << 15)).to(tl.int16).to(tl.bfloat16, bitcast=True).to(DOT)
+            word = tl.load(words + number * held + entry.trans(), mask=entry.trans() < N, other=0)
+        pair = (word << (15 - tl.arange(0, 16)[None, :])) & -0x7FFF8000 ^ -0x407F4080
+        sign = tl.reshape(tl.join(pair.to(tl.int16), (pair >> 16).to(tl.int16)), (ENTRIES, 32))
+        sign = sign.to(tl.bfloat16, bitcast=True).to(DOT)
         for _ in range(3):  # in a loop, since of products one after the other Triton lays out each in another way
-            score = tl.dot(low.to(DOT), sign, score)
+            score = tl.dot(low.to(DOT), sign.trans(), score)
             low, middle, high = middle, high, low
 
     # the support: groups of every so many-th entry, of each half where warps hold one, so that a thread finds their
