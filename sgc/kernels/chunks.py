@@ -1,4 +1,4 @@
-"""What the kernels of the sketch path share: where a chunk's entries lie, the top entries of a tile, signs from bits.
+"""What the kernels of the sketch path share: where a chunk's entries lie, keys of the top entries, signs from bits.
 
 A tile is (C, N): C chunks, N the power of two that holds their n entries. A is held as sign bits, 32 rows to a word,
 (⌈k/32⌉, n): 1/32 of the fp32 matrix, so that it stays in the L1 cache next to a kernel's tiles at every k and n in use
@@ -80,27 +80,6 @@ def is_real(
 
 
 @triton.jit
-def take_top(key, tag, COUNT: tl.constexpr, SLOTS: tl.constexpr):
-    """The COUNT largest keys of each row of (C, W), of equal keys those of the lowest tag; no two tags are equal.
-
-    COUNT rounds, each of six operations for every element: the maximum, the least tag among those that equal it, its
-    removal.
-
-    Returns keys and tags (C, SLOTS), the tag −1 in slots beyond COUNT, and the keys with what has been taken marked.
-    """
-    slot = tl.arange(0, SLOTS)[None, :]
-    best = tl.zeros((key.shape[0], SLOTS), key.dtype)
-    found = tl.full((key.shape[0], SLOTS), -1, tl.int32)
-    for number in range(COUNT):
-        largest = tl.max(key, 1)
-        first = tl.min(tl.where(key == largest[:, None], tag, NO_TAG), 1)
-        best = tl.where(slot == number, largest[:, None], best)
-        found = tl.where(slot == number, first[:, None], found)
-        key = tl.where(tag == first[:, None], TAKEN, key)
-    return best, found, key
-
-
-@triton.jit
 def magnitude(x):
     """A key that orders as |x| does: the bits of a float ≥ 0."""
     return tl.abs(x).to(tl.int32, bitcast=True)
@@ -124,19 +103,6 @@ def flipped(x, word, row):
     """x where bit `row` mod 32 of a word is set, and −x elsewhere, of shapes that broadcast."""
     sign = ~(word << (31 - row % 32)) & -0x80000000
     return (x.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def project_word(words, number, entry, value, held, N: tl.constexpr):
-    """Rows 32·number to 32·number + 31 of Σ sign·value (C, 32), over the entries (C, SLOTS) below N.
-
-    Args: words (⌈k/32⌉, held) int32; value (C, SLOTS), times 1/√k.
-    """
-    inside = (entry >= 0) & (entry < N)
-    word = tl.load(words + number * held + entry, mask=inside, other=0)
-    bit = (word[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-    term = tl.where(inside, value, 0.0)[:, :, None]
-    return tl.sum(tl.where(bit == 1, term, -term), 1)
 
 
 @triton.jit

@@ -179,16 +179,19 @@ def apply(
 
 @triton.jit
 def _at(x, at, SIZE: tl.constexpr, P: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr):
-    """Elements of x, which has SIZE, at flat positions (P, C, LANES).
+    """Elements of x, which has SIZE of them, at flat positions (P, C, LANES).
 
-    A gather of rank 1 goes through shared memory, one of rank 2 by shuffles, a hundred times as many.
+    A gather of rank 1 goes through shared memory; one of rank 2 would shuffle every element for every position.
     """
     return tl.reshape(tl.gather(tl.reshape(x, (SIZE,)), tl.reshape(at, (P * C * LANES,)), 0), (P, C, LANES))
 
 
 @triton.jit
 def _take_largest(key, tag):
-    """The largest keys (C,) of (P, C, LANES), of equal keys that of the lowest tag, and the keys without them."""
+    """Of every chunk of keys (P, C, LANES) the largest and its tag (C,), of equal keys the lowest, and the keys left.
+
+    Six operations for every element: P of them are a lane's own, and LANES lanes next to each other share a chunk.
+    """
     largest = tl.max(tl.max(key, 0), 1)
     first = tl.min(tl.min(tl.where(key == largest[None, :, None], tag, NO_TAG), 0), 1)
     return largest, first, tl.where(tag == first[None, :, None], TAKEN, key)
@@ -203,9 +206,13 @@ def _decode(
 ):  # fmt: skip
     """index, value = the s' of largest |Aᵀy|, by least squares; TAKE: y ← y − A·x̂.
 
+    LANES lanes work for a chunk, each with as many of its groups, its candidates and, to solve, its rows of the Gram
+    matrix; correlations go to the candidates' lanes through shared memory, 4 bytes for each entry of the tile.
+
     Bytes: y read once (with TAKE also written; its second read is from the cache), 12·s'/n for each entry of a chunk
-    written. Operations for each entry of a chunk: 3·k multiply-adds on the tensor cores, k/C·3 to unpack signs, 2 for
-    its group's maximum, and for the rounds 12·s'·√(s'/n); 6·s'³ for each chunk to solve.
+    written. Operations for each entry of a chunk: 3·k multiply-adds on the tensor cores, 3·k/C to unpack signs, 2 for
+    its group's maximum and to store it, for the rounds 12·s'·√(s'/n), to solve and to subtract A·x̂ s'·(7·s' + 3·k)/n:
+    with what a tile costs in itself, 20 at n = 256, s' = 4, k = 32, and 90 at n = 1024, s' = 16, k = 128.
     """
     WHOLE: tl.constexpr = not PADDED and N == ENTRIES
     chunk = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
@@ -231,11 +238,11 @@ def _decode(
         pair = (word << (15 - tl.arange(0, 16)[None, :])) & -0x7FFF8000 ^ -0x407F4080
         sign = tl.reshape(tl.join(pair.to(tl.int16), (pair >> 16).to(tl.int16)), (ENTRIES, 32))
         sign = sign.to(tl.bfloat16, bitcast=True).to(DOT)
-        for _ in range(3):  # in a loop, since of products one after the other Triton lays out each in another way
+        for _ in range(3):  # a loop, as of products one after the other Triton gives the last another layout
             score = tl.dot(low.to(DOT), sign.trans(), score)
             low, middle, high = middle, high, low
 
-    # the support: groups of every so many-th entry, of each half where warps hold one, so that a thread finds their
+    # the support: groups of every APART-th entry, of each half where a warp holds one, so that a thread finds their
     # maxima among its own
     GROUPS: tl.constexpr = ENTRIES // LENGTH
     HALVES: tl.constexpr = 2 if C == 64 else 1
