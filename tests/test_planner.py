@@ -17,7 +17,7 @@ from sgc import compiled, zero
 from sgc import memory as codec_memory
 from sgc.planner import BUILT_IN, PlanError, adapters, optimizers, plan
 from sgc.planner.models import check_run, load_config, make_model, parse_bytes
-from sgc.planner.sharding import Devices
+from sgc.planner.sharding import Devices, _blocks
 from sgc.planner.trace import Held, Info, Run, Tracker, checkpointed, fake, infos, loss_of, trace
 
 PUBLISHED = {
@@ -51,6 +51,10 @@ def tiny(**changed):
     sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
     rest = {"num_hidden_layers": 3, "vocab_size": 512, "max_position_embeddings": 64}
     return LlamaConfig(**{**sizes, **rest, **changed})
+
+
+def classifier(**changed):
+    return tiny(architectures=["LlamaForSequenceClassification"], **changed)
 
 
 def gpt2():
@@ -141,6 +145,10 @@ def test_other_amounts_of_memory_are_refused(text):
         ({"loss": "other"}, 'loss must be "plain" or "chunked"'),
         ({"optimizers": ["adamm"]}, "an optimizer must be one of sgc, attached"),
         ({"optimizers": ["lora(rank=x)"]}, "with whole numbers, got 'lora\\(rank=x\\)'"),
+        (
+            {"model": classifier(), "batch_size": 2},
+            "Classification refuses a batch of 2 x 16 tokens: .* no padding token",
+        ),
         ({"model": AutoConfig.for_model("clip")}, "a causal language model or a classifier, got CLIPConfig"),
     ],
 )
@@ -156,6 +164,13 @@ def test_a_folder_without_a_configuration_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(PlanError, match="no configuration that transformers knows"):
         plan(str(tmp_path))
+
+
+def test_the_weights_of_a_model_have_the_dtype_and_the_head_that_are_asked_for():
+    with torch.device("meta"):
+        models = [make_model(config, torch.bfloat16) for config in (tiny(), classifier())]
+    assert [type(model).__name__ for model in models] == ["LlamaForCausalLM", "LlamaForSequenceClassification"]
+    assert {param.dtype for model in models for param in model.parameters()} == {torch.bfloat16}
 
 
 # ---- the trace -------------------------------------------------------------------------------------------------------
@@ -194,8 +209,9 @@ def test_the_tracker_finds_the_peak_that_torchs_own_finds(checkpointing):
         (tiny(tie_word_embeddings=True), torch.float32, True, False),
         (tiny(), torch.float32, False, True),
         (gpt2(), torch.float32, False, False),
+        (classifier(pad_token_id=0), torch.float32, False, False),
     ],
-    ids=["llama", "bf16, checkpointing", "tied", "chunked loss", "gpt2"],
+    ids=["llama", "bf16, checkpointing", "tied", "chunked loss", "gpt2", "classifier"],
 )
 def test_a_traced_step_holds_what_a_real_one_holds(config, dtype, checkpointing, chunked):
     if chunked and not hasattr(nn, "LinearCrossEntropyOptions"):
@@ -281,6 +297,51 @@ def test_the_peak_of_a_step_is_predicted_within_5_percent(spec, dtype):
     assert row.state == measured["state_bytes"]
 
 
+@pytest.mark.parametrize("spec", ["adamw_fused", "adamw8bit", "adafactor"])
+def test_the_states_of_tensors_of_odd_sizes_are_predicted_to_the_byte(spec):
+    if reason := peers.why_not(spec):
+        pytest.skip(reason)
+    for shape in ((4095,), (4097,), (64, 64), (3, 50, 70), (5, 7, 11)):
+        param = nn.Parameter(torch.zeros(shape))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of packages, about CPUs and old names
+            optimizer = peers.make(spec, [param], lr=1e-4).optimizer
+            param.grad = torch.ones(shape)
+            optimizer.step()
+        held = optimizers.contender(spec, torch.float32).held([Info("weight", shape, torch.float32)])
+        assert held == peers.state_bytes(optimizer), shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("spec", "tolerance"), [("galore(rank=16)", 0), ("apollo(rank=16)", 0.001), ("adafactor", 0.01), ("adamw_fused", 0)]
+)
+def test_a_step_of_a_peer_holds_beside_its_state_what_is_predicted(spec, tolerance, dtype):
+    """Rows and columns of Adafactor are left out, and a number that APOLLO makes where a norm grows fast."""
+    if reason := peers.why_not(spec.split("(")[0]):
+        pytest.skip(reason)
+    refreshed = spec.replace(")", ", update_proj_gap=2)")  # so that the third step makes projectors again
+    for rows, cols in ((128, 192), (512, 64)):
+        model, most = nn.ModuleList([nn.Linear(cols, rows, bias=False, dtype=dtype)]), 0
+        nn.init.normal_(model[0].weight)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of packages, about CPUs and old names
+            optimizer = peers.make(refreshed, model, lr=1e-4).optimizer
+        for _ in range(3):
+            tracker, gradient = Tracker(), torch.randn(rows, cols).to(dtype)
+            model[0].weight.grad = gradient
+            tracker.follow(model)
+            tracker.mark(gradient, "gradients")
+            for tensor in peers.tensors_in(dict(optimizer.state)):
+                tracker.mark(tensor, "state")
+            with tracker:
+                optimizer.step()
+            most = max(most, tracker.peak().total)
+        (info,) = infos(model)
+        step = optimizers.contender(spec, dtype).step([info])
+        assert most - 2 * info.bytes - peers.state_bytes(optimizer) == pytest.approx(step, rel=tolerance)
+
+
 def most(measured):
     return tuple(max(sites.values()) for sites in measured)
 
@@ -328,16 +389,69 @@ def test_compressed_gradients_are_never_all_there():
 def test_an_adapted_model_has_the_parameters_that_pefts_has():
     import peft
 
-    for config in (tiny(), gpt2()):
+    for config, task in ((tiny(), "CAUSAL_LM"), (gpt2(), "CAUSAL_LM"), (classifier(), "SEQ_CLS")):
         for dtype in (torch.float32, torch.bfloat16):
             with fake():
                 ours = infos(adapters.lora(make_model(config, dtype), rank=4))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                asked = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+                asked = peft.LoraConfig(task_type=task, r=4, target_modules="all-linear")
                 theirs = infos(peft.get_peft_model(make_model(config, dtype), asked))
             pairs = [sorted((i.numel, str(i.dtype), i.trained) for i in found) for found in (ours, theirs)]
             assert pairs[0] == pairs[1]
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "checkpointing"),
+    [
+        (tiny(), torch.float32, True),
+        (tiny(), torch.bfloat16, False),
+        (gpt2(), torch.bfloat16, True),
+        (classifier(pad_token_id=0), torch.bfloat16, True),
+    ],
+    ids=["fp32, checkpointing", "bf16", "gpt2", "classifier"],
+)
+def test_a_traced_step_of_adapters_holds_what_pefts_does(config, dtype, checkpointing):
+    traced = trace(Run(config, dtype, 2, 32, checkpointing), functools.partial(adapters.lora, rank=4))
+    model = real(config, dtype)
+    if checkpointing:
+        checkpointed(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of packages, about CPUs and old names
+        adapted = peers.make("lora(rank=4)", model, lr=1e-4).model.train()
+    batch, tracker = torch.zeros(2, 32, dtype=torch.long), Tracker()
+    tracker.follow(adapted)
+    tracker.mark(batch, "activations")
+    with tracker:
+        loss_of(adapted, batch).backward()
+    assert max(held.total for held in traced.moments) == tracker.peak().total
+    assert max(held.gradients for held in traced.moments) == max(held.gradients for held in tracker.moments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_in_four_bits_makes_its_weight_twice_and_keeps_no_input(dtype):
+    """Backward against bitsandbytes; its forward is counted by hand, since on a GPU it makes the weight of many rows.
+
+    Both are given x (64, 128) and hold it no longer.
+    """
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    theirs = bitsandbytes.nn.Linear4bit(128, 256, bias=False, compute_dtype=dtype, quant_type="nf4")
+    theirs = theirs.to(dtype).to("cpu")
+    ours = adapters.FourBitLinear(nn.Linear(128, 256, bias=False, dtype=dtype), 256, 128)
+    peaks, lefts = [], []
+    for layer in (theirs, ours):
+        x = torch.randn(64, 128, dtype=dtype, requires_grad=True)
+        forward, backward, gradient = Tracker(), Tracker(), torch.randn(64, 256, dtype=dtype)
+        with forward:
+            made = layer(x * 1)
+        with backward:
+            made.backward(gradient)
+        peaks.append((forward.peak().total, backward.peak().total))
+        lefts.append(forward.now["activations"] + forward.now["temporaries"])
+    size = dtype.itemsize
+    assert peaks[1] == ((64 * 128 + 64 * 256 + 256 * 128) * size, (256 * 128 + 64 * 128) * size)
+    assert peaks[1][1] == peaks[0][1]
+    assert lefts[1] == 64 * 256 * size
 
 
 @pytest.mark.parametrize("shape", [(128, 64), (300, 77), (1024, 1024)])
@@ -354,9 +468,9 @@ def test_four_bits_per_weight_are_the_bytes_that_bitsandbytes_holds(shape):
 def test_quantized_weights_are_counted_as_such():
     lora, qlora = plan(tiny(), sequence_length=8, optimizers=["lora(rank=4)", "qlora(rank=4)"]).rows
     assert lora.state == qlora.state
-    linear = sum(info.bytes for info in infos(real(tiny(), torch.bfloat16)) if info.repeated)
+    linear = [info for info in infos(real(tiny(), torch.bfloat16)) if info.repeated]
     saved = lora.at_peak.weights - qlora.at_peak.weights
-    assert 0.6 * linear < saved < 0.75 * linear
+    assert saved == sum(info.bytes - adapters.four_bit_bytes(info.numel) for info in linear)
 
 
 # ---- several devices -------------------------------------------------------------------------------------------------
@@ -434,6 +548,12 @@ def test_four_devices_hold_the_parts_that_each_strategy_leaves_them(strategy, ar
     params = [Info(f"{name}.weight", shape, torch.bfloat16) for name, shape in shapes.items()]
     params.append(Info("layers.0.frozen.weight", (4, 4), torch.bfloat16, trained=False))
     assert Devices(4, strategy).around(params) == around
+
+
+def test_a_block_is_all_that_has_one_number_in_one_list():
+    names = ["encoder.0.up.weight", "encoder.0.up.bias", "encoder.1.up.weight", "decoder.0.up.weight", "head.weight"]
+    params = [Info(name, (2**at,), torch.bfloat16) for at, name in enumerate(names)]
+    assert _blocks(params) == ([2 * (1 + 2), 2 * 4, 2 * 8], 2 * 16)
 
 
 def test_a_partition_of_zero_holds_the_state_of_its_pieces():

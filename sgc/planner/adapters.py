@@ -30,7 +30,7 @@ def qlora(model: Any, rank: int) -> nn.Module:
 
 def _adapted(model: Any, rank: int, four_bits: bool) -> nn.Module:
     head = model.get_output_embeddings()
-    classifier = [getattr(model, name, None) for name in ("score", "classifier")]
+    classifier = [part for name in ("score", "classifier") if (part := getattr(model, name, None)) is not None]
     kept = {id(module) for part in (head, *classifier) if part is not None for module in part.modules()}
     for param in model.parameters():
         param.requires_grad_(False)
@@ -38,9 +38,12 @@ def _adapted(model: Any, rank: int, four_bits: bool) -> nn.Module:
         for name, layer in list(parent.named_children()):
             if is_linear(layer) and id(layer) not in kept:
                 setattr(parent, name, Adapted(layer, rank, four_bits))
-    for part in classifier:  # peft trains a copy of it and keeps the first
-        if part is not None:
-            part.requires_grad_(True)
+    for number, part in enumerate(classifier):  # peft trains a copy of it and keeps the first
+        first = nn.Module()
+        for name, param in part.named_parameters():
+            first.register_parameter(name.replace(".", "_"), nn.Parameter(torch.empty_like(param), requires_grad=False))
+        model.add_module(f"first_classifier_{number}", first)
+        part.requires_grad_(True)
     return model
 
 
@@ -68,8 +71,10 @@ class Adapted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Add the adapter's product, made in fp32."""
         result = self.base(x)
-        low = linear(linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
-        return (result + low * 2.0).to(result.dtype)
+        dtype = result.dtype
+        x = x.to(self.lora_A.dtype)
+        result = result + linear(linear(x, self.lora_A), self.lora_B) * 2.0
+        return result.to(dtype)
 
 
 class FourBitLinear(nn.Module):

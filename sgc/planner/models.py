@@ -155,7 +155,7 @@ def load_config(model: str | PretrainedConfig) -> PretrainedConfig:
         raise
     except (OSError, ValueError, KeyError) as error:
         if path.exists():
-            raise PlanError(f"{name!r} holds no configuration that transformers knows: {_first_line(error)}") from error
+            raise PlanError(f"{name!r} holds no configuration that transformers knows: {first_line(error)}") from error
         close = difflib.get_close_matches(name.lower(), BUILT_IN, n=1, cutoff=0.5)
         raise PlanError(
             f"no model {name!r} here, and none of that name could be had from the Hugging Face hub"
@@ -212,7 +212,8 @@ def _transformers() -> Any:
     return transformers
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Give what an error says at first, or else its name."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 

@@ -329,11 +329,14 @@ def galore(rank: int) -> Contender:
     def step(infos: Sequence[Info]) -> int:
         most = 0
         for info in infos:
-            update = 2 * info.numel * info.dtype.itemsize
+            size = info.dtype.itemsize
+            update = 2 * info.numel * size
             if _is_lowrank(info, rank):
                 small, large = sorted(info.shape)
-                copy = 0 if info.dtype is torch.float32 else FP32 * info.numel
-                update = max(update, copy + FP32 * (small * small + small * large))  # SVD at a refresh
+                update += 3 * rank * large * size  # gradient, denominator and update in the subspace
+                if info.dtype is not torch.float32:  # the SVD at a refresh, of a copy in fp32, and its factors
+                    svd = 2 * info.numel + small * small + small + rank * large
+                    update = max(update, FP32 * svd + rank * small * size)
             most = max(most, update)
         return most
 
@@ -350,7 +353,13 @@ def apollo(rank: int) -> Contender:
         return (2 * rank * large + rank * small + 1) * info.dtype.itemsize  # and a norm
 
     def step(infos: Sequence[Info]) -> int:
-        return max((2 * info.numel * info.dtype.itemsize for info in infos), default=0)
+        most = 0
+        for info in infos:
+            entries = 2 * info.numel
+            if _is_lowrank(info, rank):
+                entries += (3 * rank + 1) * max(info.shape) + 1  # as GaLore's, and a scale for every channel
+            most = max(most, entries * info.dtype.itemsize)
+        return most
 
     return Contender(f"apollo(rank={rank})", f"APOLLO, rank {rank}", state, step, sharded=False)
 

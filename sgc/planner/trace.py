@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgc.compressed_grad import CompressedGradient
-from sgc.planner.models import PlanError, make_model, quiet
+from sgc.planner.models import PlanError, first_line, make_model, quiet
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -201,6 +201,9 @@ def trace(run: Run, adapt: Callable[[PreTrainedModel], nn.Module] | None = None)
     Args:
         run: the step.
         adapt: makes of the model what is trained instead, for adapters.
+
+    Raises:
+        PlanError: the model refuses the batch.
     """
     with fake():
         made = make_model(run.config, run.dtype)
@@ -221,7 +224,13 @@ def trace(run: Run, adapt: Callable[[PreTrainedModel], nn.Module] | None = None)
         handles += [param.register_post_accumulate_grad_hook(arrived) for param in trained]
         tracker.mark(batch, "activations")
         with quiet(), tracker:
-            loss = loss_of(model, batch, chunked=run.chunked_loss)
+            try:
+                loss = loss_of(model, batch, chunked=run.chunked_loss)
+            except PlanError:
+                raise
+            except ValueError as error:  # as of a classifier that pads without a token for it
+                rows = f"{run.batch_size} x {run.sequence_length} tokens"
+                raise PlanError(f"{type(made).__name__} refuses a batch of {rows}: {first_line(error)}") from error
             loss.backward()
             del loss
             tracker.note()
