@@ -298,8 +298,12 @@ def _adafactor_state(info: Info) -> int:
 
 
 def _adafactor_step(infos: Sequence[Info]) -> int:
-    # fp32: the update and one more; of 16-bit weights also the gradient's and the weight's copies
-    return max((info.numel * FP32 * (2 if info.dtype is torch.float32 else 4) for info in infos), default=0)
+    most = 0
+    for info in infos:
+        # fp32: the update and one more; of 16-bit weights also the gradient's and the weight's copies
+        held = info.numel * FP32 * (2 if info.dtype is torch.float32 else 4)
+        most = max(most, held + (_adafactor_state(info) if len(info.shape) > 1 else 0))  # and its factors' roots
+    return most
 
 
 # transformers' Adafactor without first moment.
