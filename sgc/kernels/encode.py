@@ -368,11 +368,9 @@ def _encode(
         at = tl.multiple_of(chunk * K + row, (1, 1))
         real = here & (row < K) if K < ROWS_OF_A else here
         p = x * root
-        if MODE == 1:
-            p = tl.load(out + at) * beta + p
-        if MODE == 2:
-            moment = tl.load(out + at)
-            p = moment + weight * (p - moment)
+        if MODE != 0:
+            held = tl.load(out + at, mask=row < K, other=0.0) if K < ROWS_OF_A else tl.load(out + at)
+            p = held * beta + p if MODE == 1 else held + weight * (p - held)
         tl.store(out + at, p, mask=real)
         if square is not None:
             tl.store(square + at, y * root, mask=real)
