@@ -202,7 +202,7 @@ def _embedding_parameters(model: nn.Module) -> set[nn.Parameter]:
     """Give the parameters of all embeddings and of the head that predicts tokens, as far as the model names one."""
     modules: list[Any] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     for getter in ("get_input_embeddings", "get_output_embeddings"):
-        with contextlib.suppress(AttributeError, NotImplementedError):
+        with contextlib.suppress(AttributeError, NotImplementedError):  # not every model has, or names, both
             modules.append(getattr(model, getter)())
     return {param for module in modules if isinstance(module, nn.Module) for param in module.parameters()}
 
