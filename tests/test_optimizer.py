@@ -942,3 +942,17 @@ def test_the_overlap_of_supports_is_known_at_every_tenth_step():
         run(optimizer, 1, step)
         overlap = optimizer.stats()["support_overlap"]
         assert math.isnan(overlap) if step < PROBE_EVERY else 0 <= overlap <= 1
+
+
+@pytest.mark.parametrize("options", [{"rank": 4, "sketch_size": 16, "min_size": 0}, {"min_size": 0}, {}], ids=str)
+def test_the_norm_is_of_the_whole_gradient(options):
+    param = torch.nn.Parameter(torch.ones(64, 96))
+    optimizer = SGC([param], **options)
+    param.grad = torch.randn(64, 96)
+    optimizer.step()
+    assert optimizer.stats()["grad_norm"] == pytest.approx(param.grad.norm().item(), rel=1e-5)
+    before = param.detach().clone()
+    param.grad[-1, -1] = math.nan
+    optimizer.step()
+    assert torch.equal(param, before)
+    assert optimizer.stats()["skipped_tensors"] == 1
