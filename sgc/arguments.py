@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sgc import memory
+from sgc.checks import flag, plain, rate, real, sequence, shown, whole, word
 from sgc.codec.layout import matrix_shape
 from sgc.codec.project import check_projection
 from sgc.codec.recover import METHODS
@@ -20,43 +22,74 @@ from sgc.storage import STATE_DTYPES, check_state_dtype
 SKETCH_PER_ENTRY = 8  # numbers of a sketch per entry encoded, where `sparsity` is not given
 
 
+OPTIONAL = ("chunk_size", "sparsity", "recovered", "rank", "scale")  # None is one of their values
+SIZES = {  # and the least value of those whose rule does not depend on others
+    "chunk_size": None,
+    "sketch_size": 0,
+    "sparsity": None,
+    "recovered": None,
+    "rank": 1,
+    "refresh_every": 1,
+    "min_size": 0,
+    "seed": 0,
+}
+RATES = ("lr", "eps", "weight_decay")
+FLAGS = ("stochastic_rounding", "maximize")
+CHOICES = {"moments": RULES, "recovery": METHODS, "state_dtype": STATE_DTYPES}
+# AdamW's other switches. These choose an implementation, so that SGC takes either value and does the same …
+IGNORED = ("foreach", "fused")
+# … and these would change what is computed, or promise what SGC does not do.
+SWITCHED_OFF = {
+    "amsgrad": "SGC keeps no maximum of the second moment",
+    "capturable": "a step of SGC is not captured in a CUDA graph",
+    "differentiable": "autograd does not go through a step of SGC",
+}
+
+
 def check_group(group: dict[str, Any]) -> None:
-    """Check the hyperparameters of a group, and put `state_dtype`, `betas` and `recovered` in their plain form.
+    """Check the hyperparameters of a group, and put each in its plain form: Python's numbers, flags and texts.
+
+    The one place that judges them: for the constructor, for groups that are added and for those of a checkpoint. Only a
+    learning rate that is a tensor of one entry stays as it is, since a scheduler may write into it.
 
     Raises:
-        ValueError: a value out of range.
-        TypeError: a size that is not a whole number, or a rate that is no number.
+        ValueError: a value out of range, or a switch of AdamW's that SGC does not have is on.
+        TypeError: a value of another kind.
         ImportError: state_dtype is "int8" and bitsandbytes is missing.
     """
-    for name in ("chunk_size", "sketch_size", "sparsity", "recovered", "rank", "refresh_every", "min_size", "seed"):
-        optional = name in ("chunk_size", "sparsity", "recovered", "rank")
-        if not (isinstance(group[name], int) or (optional and group[name] is None)):
-            raise TypeError(f"{name} must be a whole number{' or None' * optional}, got {group[name]!r}")
-    for name in ("lr", "eps", "weight_decay", "scale"):
-        optional = name == "scale"
-        if not (isinstance(group[name], Real | Tensor) or (optional and group[name] is None)):
-            raise TypeError(f"{name} must be a number{' or None' * optional}, got {group[name]!r}")
-    if not (isinstance(group["betas"], tuple | list) and all(isinstance(beta, Real) for beta in group["betas"])):
-        raise TypeError(f"betas must be two numbers in [0, 1), got {group['betas']!r}")
+    for name, least in SIZES.items():
+        group[name] = whole(name, group[name], at_least=least, optional=name in OPTIONAL)
+    for name in RATES:
+        number = rate(name, group[name])
+        group[name] = group[name] if name == "lr" and isinstance(group[name], Tensor) else number
+    group["scale"] = real("scale", group["scale"], optional=True)
+    betas = sequence("betas", group["betas"], "two numbers in [0, 1)")
+    if any(isinstance(beta, bool) or not isinstance(plain(beta), Real) for beta in betas):
+        raise TypeError(f"betas must be two numbers in [0, 1), got {shown(group['betas'])}")
+    if len(betas) != 2 or not all(0 <= plain(beta) < 1 for beta in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {shown(group['betas'])}")
+    group["betas"] = tuple(float(plain(beta)) for beta in betas)
+    for name in FLAGS:
+        group[name] = flag(name, group[name])
+    for name in IGNORED:
+        group[name] = flag(name, group[name], optional=True)
+    for name, why in SWITCHED_OFF.items():
+        group[name] = flag(name, group[name])
+        if group[name]:
+            raise ValueError(f"{name} must be False, since {why}, got True")
+    if isinstance(group["state_dtype"], torch.dtype):
+        group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
+    for name, words in CHOICES.items():
+        group[name] = word(name, group[name], words)
+
     if group["sparsity"] is None and group["sketch_size"] > 0:
         group["sparsity"] = max(1, group["sketch_size"] // SKETCH_PER_ENTRY)
     group["recovered"] = group["sparsity"] if group["recovered"] is None else group["recovered"]
-    group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
-    group["betas"] = tuple(group["betas"])
     n, k, s, r = (group[name] for name in ("chunk_size", "sketch_size", "sparsity", "recovered"))
     most = math.inf if n is None else n
     bound = "the tensor's size" if n is None else f"chunk_size={n}"
     rules = [
-        (float(group["lr"]) >= 0, "lr must not be negative", "lr"),
-        (group["eps"] >= 0, "eps must not be negative", "eps"),
-        (group["weight_decay"] >= 0, "weight_decay must not be negative", "weight_decay"),
-        (
-            len(group["betas"]) == 2 and all(0 <= b < 1 for b in group["betas"]),
-            "betas must be two numbers in [0, 1)",
-            "betas",
-        ),
         (n is None or n >= 2, "chunk_size must be at least 2, or None for one chunk per tensor", "chunk_size"),
-        (k >= 0, "sketch_size must not be negative", "sketch_size"),
         (s is None or 1 <= s <= most, f"sparsity must be in [1, {bound}]", "sparsity"),
         (r is None or 1 <= r <= most, f"recovered must be in [1, {bound}]", "recovered"),
         (
@@ -64,25 +97,23 @@ def check_group(group: dict[str, Any]) -> None:
             f"recovered (by default sparsity) must be in [1, sketch_size={k}]",
             "recovered",
         ),
-        (group["moments"] in RULES, f"moments must be one of {', '.join(RULES)}", "moments"),
-        (group["recovery"] in METHODS, f"recovery must be one of {', '.join(METHODS)}", "recovery"),
-        (group["state_dtype"] in STATE_DTYPES, f"state_dtype must be one of {', '.join(STATE_DTYPES)}", "state_dtype"),
         (group["scale"] is None or group["scale"] > 0, "scale must be positive", "scale"),
-        (group["rank"] is None or group["rank"] >= 1, "rank must be at least 1", "rank"),
-        (group["refresh_every"] >= 1, "refresh_every must be at least 1", "refresh_every"),
-        (group["min_size"] >= 0, "min_size must not be negative", "min_size"),
-        (0 <= group["seed"] < 2**63, "seed must be in [0, 2⁶³)", "seed"),
     ]
     for holds, rule, name in rules:
         if not holds:
-            raise ValueError(f"{rule}, got {group[name]!r}")
+            raise ValueError(f"{rule}, got {shown(group[name])}")
     if k == 0 and group["moments"] not in FACTORED:
         raise ValueError(
             f"sketch_size=0 keeps only the row and column means of {' and '.join(map(repr, FACTORED))}; "
             f"moments={group['moments']!r} has none"
         )
     check_state_dtype(group["state_dtype"])
-    if r is not None and 0 < k < min(4 * r, most):
+
+
+def warn_small_sketch(group: Mapping[str, Any]) -> None:
+    """Warn where the sketches of a group are too small for what is to be recovered from them."""
+    n, k, r = (group[name] for name in ("chunk_size", "sketch_size", "recovered"))
+    if r is not None and 0 < k < min(4 * r, math.inf if n is None else n):
         warnings.warn(
             f"sketch_size={k} is small for recovering {r} entries of each chunk: sketch_size={4 * r} would do",
             stacklevel=4,
@@ -90,7 +121,7 @@ def check_group(group: dict[str, Any]) -> None:
 
 
 def check_param(param: Any, number: int, group: dict[str, Any]) -> None:
-    """Check that a parameter can be trained with the hyperparameters of its group.
+    """Check that a parameter can be trained with the hyperparameters of its group; a frozen one need not be.
 
     Raises:
         TypeError: it is not a dense real floating-point tensor.
@@ -99,6 +130,8 @@ def check_param(param: Any, number: int, group: dict[str, Any]) -> None:
     name, tensor = param if isinstance(param, tuple) else (f"parameter {number}", param)
     if not isinstance(tensor, Tensor):
         raise TypeError(f"SGC trains tensors, {name} is {type(tensor).__name__}")
+    if not tensor.requires_grad:
+        return
     if not tensor.is_floating_point() or tensor.layout is not torch.strided:
         raise TypeError(f"SGC trains dense real floating-point tensors, {name} is {tensor.dtype} in {tensor.layout}")
     layout = memory.tensor_layout(tensor.shape, group)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sgc import memory, moments
+from sgc.checks import whole
 from sgc.codec.layout import Layout
 from sgc.codec.project import mix
 from sgc.step import Whitening, encode, gradient_norm, mean_squares, whiten_by
@@ -381,8 +382,7 @@ class Compressor:
 
     def __init__(self, optimizer: SGC, model: nn.Module, sample_every: int) -> None:
         _check_model(optimizer, model)
-        if not (isinstance(sample_every, int) and sample_every >= 1):
-            raise ValueError(f"sample_every must be a whole number of at least 1, got {sample_every!r}")
+        sample_every = whole("sample_every", sample_every, at_least=1)
         self._optimizer = weakref.ref(optimizer)
         self.slots = {slot.param: slot for slot in _slots(optimizer, sample_every)}
         if not self.slots:

@@ -13,6 +13,9 @@ from sgc.codec.project import Projection
 from sgc.moments import FACTORED
 from sgc.storage import QUANTIZED_BLOCK
 
+# Every name that the state of a tensor may hold, whatever the rule: others may keep tensors beside it by other names.
+NAMES = {"step", "exp_avg", "exp_avg_sq", "basis", "row", "col"}
+NAMES |= {name + end for name in ("sketch", "sketch_sq", "square_sketch") for end in ("", "_absmax")}
 Schema = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sgc import dispatch, memory, moments, sharded
-from sgc.arguments import check_group, check_param
+from sgc.arguments import check_group, check_param, warn_small_sketch
+from sgc.checks import plain, rate, shown, whole
 from sgc.codec.layout import Layout
 from sgc.codec.project import Projection, mix
 from sgc.compressed_grad import CompressedGradient, Compressor
@@ -75,10 +76,12 @@ class SGC(torch.optim.Optimizer):
         stochastic_rounding: of bf16 weights; False rounds to nearest.
         maximize: ascend instead of descend.
         seed: of A, of P's probes and of stochastic rounding.
+        foreach, fused: AdamW's choice of an implementation; taken, and of no effect.
+        amsgrad, capturable, differentiable: AdamW's; they must be False.
 
     Raises:
         ValueError: an argument out of range.
-        TypeError: a parameter that is not real floating point.
+        TypeError: an argument of another kind, or a trained parameter that is not real floating point.
 
     Example:
         >>> model = torch.nn.Linear(256, 256)
@@ -98,6 +101,7 @@ class SGC(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
         chunk_size: int | None = 256,
         sketch_size: int = 0,
@@ -113,6 +117,10 @@ class SGC(torch.optim.Optimizer):
         stochastic_rounding: bool = True,
         maximize: bool = False,
         seed: int = 0,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
     ) -> None:
         defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         self._start()
@@ -156,7 +164,9 @@ class SGC(torch.optim.Optimizer):
 
         Raises:
             ValueError: even the row and column means do not fit.
+            TypeError: state_bytes is not a whole number.
         """
+        state_bytes = whole("state_bytes", state_bytes)
         params = [_listed(param) for param in params]
         smallest, refused = math.inf, None
         for picked in memory.budget_ladder(kwargs):
@@ -181,6 +191,8 @@ class SGC(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, its hyperparameters checked first and tied parameters taken once."""
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(f'a group of parameters must be a dict with "params", got {shown(param_group)}')
         group = {**self.defaults, **param_group}
         params = group["params"]
         if isinstance(params, set):
@@ -191,6 +203,7 @@ class SGC(torch.optim.Optimizer):
             once.setdefault(id(param[1] if isinstance(param, tuple) else param), param)
         group["params"] = list(once.values())
         check_group(group)
+        warn_small_sketch(group)
         group.setdefault("steps", 0)  # calls of `step`, for the seeds of rounding: a decay alone is rounded anew, too
         for number, param in enumerate(group["params"], start=sum(len(other["params"]) for other in self.param_groups)):
             check_param(param, number, group)
@@ -290,6 +303,9 @@ class SGC(torch.optim.Optimizer):
             group["steps"] += 1
         self._probes = [] if self._probing else self._probes
         self._settle(wait=False)
+        for number, param, _, group in ready:
+            if "step" not in self.state.get(param, {}):  # it may have been frozen when its group was added
+                check_param((self._parameter_name(number), param), number, group)
         ready, batches = self._split_batches(self._with_parts(ready))
         if ready:
             self._settle()
@@ -346,11 +362,10 @@ class SGC(torch.optim.Optimizer):
                 return None  # the stages say why, each for itself
         if why_not is not None and not dispatch.choose("apply", param.device, why_not).fused:
             return None
-        lr = float(group["lr"])
-        decay, signed_lr = lr * group["weight_decay"], -lr if group["maximize"] else lr
+        signed_lr, decay = _rates(group)
         if layout is not None:
             signed_lr *= moments.update_scale(param.numel(), layout.chunks, layout.chunk, group)
-        if not self.state[param]:
+        if "step" not in self.state[param]:
             self._unborn[param] = None
         state, seed, stochastic = self._state_of(param, group), self._seed(number, group), group["stochastic_rounding"]
         rates = signed_lr, decay, group["eps"], group["betas"]
@@ -406,9 +421,7 @@ class SGC(torch.optim.Optimizer):
             if group["steps"] != self._steps:
                 self._steps = group["steps"]
                 self._probes = [] if self._probing else self._probes
-            lr = float(group["lr"])
-            signed_lr = -lr if group["maximize"] else lr
-            tools = Tools(signed_lr, lr * group["weight_decay"], self._projection(group), self._generator, self._probe)
+            tools = Tools(*_rates(group), self._projection(group), self._generator, self._probe)
             self._skipped += partition.update(gradient, self.state[flat], group, tools)
 
     def _with_parts(self, ready: list[tuple[int, Tensor, Any, Any]]) -> list[tuple[int, Tensor, Any, Any]]:
@@ -461,9 +474,7 @@ class SGC(torch.optim.Optimizer):
         own = param
         if part is not None:
             state, own, gradient = part.state, part.weight, part.gradient
-        lr = float(group["lr"])
-        decay = lr * group["weight_decay"]
-        signed_lr = -lr if group["maximize"] else lr
+        signed_lr, decay = _rates(group)
         weight = own if own.is_contiguous() else own.contiguous()
         if moves:
             state["step"] += 1
@@ -510,9 +521,11 @@ class SGC(torch.optim.Optimizer):
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state = self.state[param]
-        if not state and sharded.is_sharded(param):
+        if "step" in state:
+            return state
+        if sharded.is_sharded(param):
             state.update(sharded.make_state(param, group, sharded.shard_of(param, group, "a parameter")))
-        elif not state:
+        else:
             for name, (shape, dtype) in memory.state_schema(param.shape, group).items():
                 device = "cpu" if name == "step" else param.device
                 state[name] = torch.zeros(shape, dtype=dtype, device=device)
@@ -590,7 +603,7 @@ class SGC(torch.optim.Optimizer):
             recovered entries that the step before recovered too. What has not been seen yet is nan.
         """
         self._settle()
-        tensors = {id(param): param for param in (*(param for _, param, _ in self._numbered()), *self._partitions)}
+        tensors = {id(param): param for param in (*self.held_tensors(), *self._partitions)}
         parameters = sum(sharded.local(param).numel() for param in tensors.values())
         held = self.state_bytes()
         probes = torch.stack([probe.cpu() for probe in self._probes]) if self._probes else torch.full((1, 3), math.nan)
@@ -608,24 +621,27 @@ class SGC(torch.optim.Optimizer):
         }
 
     def held_tensors(self) -> list[Tensor]:
-        """List what this process updates: the parameters, or what a sharding harness has put in their place."""
-        listed = [param for _, param, _ in self._numbered()] or list(self._partitions)  # ZeRO-3 shows them at a step
+        """List what this process updates: trained parameters, or what a sharding harness has put in their place."""
+        trained = [param for _, param, _ in self._numbered() if param.requires_grad or param in self.state]
+        listed = trained or list(self._partitions)  # ZeRO-3 shows them at a step
         return listed or [tensor for given in self._given if (tensor := given()) is not None]
 
     def state_bytes(self) -> int:
         """Count the bytes really held: every state tensor, A, compressed gradients, and what is kept for `stats`."""
-        state = (value for held in self.state.values() for value in held.values() if isinstance(value, Tensor))
+        states = (held for held in self.state.values() if isinstance(held, dict))  # others may keep what they like here
+        state = (value for held in states for value in held.values() if isinstance(value, Tensor))
         tensors = [*map(sharded.local, state), *self._supports.values(), *self._probes]
         held = sum(t.numel() * t.element_size() for t in tensors) + sum(p.bytes() for p in self._projections.values())
         return held + (0 if self._compressor is None else self._compressor.bytes())
 
     def expected_state_bytes(self) -> int:
-        """Predict the bytes of state, A and compressed gradients when every parameter has been updated."""
+        """Predict the bytes of state, A and compressed gradients when every trained parameter has been updated."""
         total = 0 if self._compressor is None else self._compressor.most_bytes()
         shared: dict[tuple[int, int], int] = {}
         for group in self.param_groups:
-            shapes = [param.shape for param in group["params"]]
-            total += sum(_expected_bytes(param, group) for param in group["params"])
+            trained = [param for param in group["params"] if param.requires_grad]
+            shapes = [param.shape for param in trained]
+            total += sum(_expected_bytes(param, group) for param in trained)
             key = (group["sketch_size"], group["seed"])
             shared[key] = max(shared.get(key, 0), memory.projection_bytes(shapes, group))
         return total + sum(shared.values())
@@ -635,7 +651,7 @@ class SGC(torch.optim.Optimizer):
         total = 0
         for _, param, group in self._numbered():
             layout = memory.tensor_layout(param.shape, group)
-            if layout is not None and group["recovered"] is not None:
+            if param.requires_grad and layout is not None and group["recovered"] is not None:
                 total += min(layout.chunks, PROBED_CHUNKS) * min(group["recovered"], layout.chunk) * 8 + 12
         return total
 
@@ -646,6 +662,11 @@ class SGC(torch.optim.Optimizer):
         """
         self._settle()
         state_dict = super().state_dict()
+        # a scheduler may have put a number of NumPy's into a group, which torch.load(weights_only=True) refuses
+        state_dict["param_groups"] = [
+            {name: value if isinstance(value, Tensor) else plain(value) for name, value in group.items()}
+            for group in state_dict["param_groups"]
+        ]
         if self._compressor is None:
             return state_dict
         if self._compressor.last_factor is not None:
@@ -653,74 +674,137 @@ class SGC(torch.optim.Optimizer):
             state_dict["param_groups"] = [{**group, FACTOR: factor} for group in state_dict["param_groups"]]
         pending = self._compressor.pending()
         if pending:
-            numbers = state_dict["state"].keys() | pending.keys()
-            state = {number: dict(state_dict["state"].get(number, {})) for number in sorted(numbers)}
+            state = dict(state_dict["state"])
             for number, gradient in pending.items():
-                state[number][PENDING] = gradient
+                state[number] = {**state.get(number, {}), PENDING: gradient}
             state_dict["state"] = state
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint; dtypes are kept as saved. Each rank takes its part of whole or otherwise sharded tensors.
 
+        Pre-hooks come first, then what they made of the checkpoint is checked; post-hooks see all that was loaded.
+
         Raises:
-            ValueError: the checkpoint is of another configuration, or holds a tensor of another shape; nothing has been
-                overwritten then.
+            ValueError: the checkpoint is damaged, of another configuration, or holds a tensor of another shape or
+                dtype; nothing has been overwritten then.
+            TypeError: it is no dict, or a hyperparameter in it is of another kind.
         """
         self._settle()
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"a checkpoint of an optimizer is a dict, got {shown(state_dict)}")
+        own: dict[int, dict[str, Any]] = {}
+        pending: dict[int, Tensor] = {}
+
+        def take_own(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+            """Take out what is ours; torch casts what it loads to the parameter's dtype."""
+            state_dict = self._checked(state_dict)
+            others = {}
+            numbered = {number: (param, group) for number, param, group in self._numbered()}
+            for number, held in state_dict["state"].items():
+                names = self._own_names(held, *numbered[number]) if number in numbered else set[str]()
+                if PENDING in names:
+                    pending[number] = held[PENDING]
+                own[number] = {name: held[name] for name in names if name != PENDING}
+                others[number] = {k: v for k, v in held.items() if k not in names} if names else held
+            return {**state_dict, "state": others}
+
+        def put_own(_: Any) -> None:
+            for number, param, group in self._numbered():
+                saved = own.get(number)
+                if saved and sharded.is_sharded(param):
+                    shard = sharded.shard_of(param, group, self._parameter_name(number))
+                    self.state[param].update(sharded.load_state(saved, param, group, shard))
+                    continue
+                for name, value in (saved or {}).items():
+                    device = "cpu" if on_cpu(name) else param.device
+                    self.state[param][name] = sharded.whole(value).detach().to(device=device, copy=True)
+            factors = [group.pop(FACTOR, None) for group in self.param_groups]
+            if self._compressor is not None:
+                self._compressor.restore(pending, factors[0])
+
+        # the user's hooks rename and reorder states, so ours is the last before torch loads and the first after it
+        hooks = [
+            self.register_load_state_dict_pre_hook(take_own),
+            self.register_load_state_dict_post_hook(put_own, prepend=True),
+        ]
+        try:
+            super().load_state_dict(dict(state_dict))
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a checkpoint, all of it judged, with numbered parameters and whole groups."""
+        groups, state = state_dict.get("param_groups"), state_dict.get("state")
+        if not isinstance(groups, list | tuple) or not isinstance(state, dict) or not all(map(_is_group, groups)):
+            raise ValueError(
+                'the checkpoint is damaged: an optimizer\'s has "state", a dict, and "param_groups", a list of dicts '
+                f'with "params"; this one holds {shown(state_dict)}'
+            )
         state_dict = _numbered_state(state_dict)
-        pending = {number: held[PENDING] for number, held in state_dict["state"].items() if PENDING in held}
-        if pending and self._compressor is None:
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
+            return state_dict  # torch says this well
+        pairs = zip(self.param_groups, state_dict["param_groups"], strict=True)
+        checked = [_checked_group(number, own, saved) for number, (own, saved) in enumerate(pairs)]
+        numbered = {number: (param, group) for number, param, group in self._numbered()}
+        for number, held in state_dict["state"].items():
+            if isinstance(number, int):
+                if number not in numbered:
+                    raise ValueError(f"the checkpoint holds a state of parameter {number}, its groups have no such one")
+                self._check_state(self._parameter_name(number), held, *numbered[number])
+        return {**state_dict, "param_groups": checked}
+
+    def _check_state(self, name: str, held: Any, param: Tensor, group: dict[str, Any]) -> None:
+        """Raise unless a checkpoint's state of a tensor is what `step` would have made, apart from what others add."""
+        if not isinstance(held, dict):
+            raise ValueError(f"the state of {name} should be a dict, the checkpoint holds {shown(held)}")
+        if PENDING in held and self._compressor is None:
             raise ValueError(
                 "the checkpoint was written in the middle of an accumulation and holds compressed gradients: call "
                 "optimizer.attach(model) before it is loaded"
             )
-        without = {n: {k: v for k, v in held.items() if k != PENDING} for n, held in state_dict["state"].items()}
-        state_dict = {**state_dict, "state": without}
-        self._check_loadable(state_dict)
-        super().load_state_dict(state_dict)
-        # torch has cast every tensor of the state to the parameter's dtype: take the saved ones instead
-        for number, param, group in self._numbered():
-            saved = state_dict["state"].get(number, {})
-            if saved and sharded.is_sharded(param):
-                shard = sharded.shard_of(param, group, self._parameter_name(number))
-                self.state[param] = sharded.load_state(saved, param, group, shard)
-                continue
-            for name, value in saved.items():
-                if isinstance(value, Tensor):
-                    device = "cpu" if on_cpu(name) else param.device
-                    self.state[param][name] = sharded.whole(value).detach().to(device=device, copy=True)
-        factors = [group.pop(FACTOR, None) for group in self.param_groups]
-        if self._compressor is not None:
-            self._compressor.restore(pending, factors[0])
+        partition = self._partition(param)
+        if partition is not None:
+            partition.check_state(held, group)
+            return
+        schema = memory.state_schema(param.shape, group)
+        found = {key: _described(held[key]) for key in sorted(memory.NAMES & held.keys())}
+        expected = {key: (shape, dtype) for key, (shape, dtype) in sorted(schema.items())}
+        if found and found != expected:
+            raise ValueError(
+                f"the state of {name} should hold {expected} for a parameter of shape {tuple(param.shape)}, the "
+                f"checkpoint holds {found}"
+            )
+        if found and not 0 <= (step := sharded.whole(held["step"]).item()) < math.inf:
+            raise ValueError(f"the state of {name} should count its updates, the checkpoint holds step={step}")
 
-    def _check_loadable(self, state_dict: dict[str, Any]) -> None:
-        saved_groups = state_dict["param_groups"]
-        if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in self.param_groups]:
-            return  # torch says this well
-        for group, saved in zip(self.param_groups, saved_groups, strict=True):
-            for name in CONFIGURATION:
-                if name not in saved:
-                    raise ValueError(f"the checkpoint is not one of SGC's: its parameter groups have no {name}")
-                if saved[name] != group[name]:
-                    raise ValueError(
-                        f"the checkpoint was written with {name}={saved[name]}, this SGC has {group[name]}"
-                    )
-        for number, param, group in self._numbered():
-            saved = state_dict["state"].get(number)
-            if not saved:
-                continue
-            partition = self._partition(param)
-            if partition is not None:
-                partition.check_state(saved, group)
-                continue
-            expected = {name: shape for name, (shape, _) in memory.state_schema(param.shape, group).items()}
-            found = {name: tuple(value.shape) for name, value in saved.items() if isinstance(value, Tensor)}
-            if expected != found:
-                raise ValueError(
-                    f"the state of {self._parameter_name(number)} should hold {expected} for a parameter of shape "
-                    f"{tuple(param.shape)}, the checkpoint holds {found}"
-                )
+    def _own_names(self, held: Mapping[str, Any], param: Tensor, group: dict[str, Any]) -> set[str]:
+        """Name what a state holds of ours; the rest is others', who may keep what they like beside it."""
+        partition = self._partition(param)
+        names = memory.NAMES if partition is None else partition.schema(group).keys()
+        return held.keys() & (names | {PENDING})
+
+
+def _is_group(group: Any) -> bool:
+    return isinstance(group, dict) and isinstance(group.get("params"), list | tuple)
+
+
+def _checked_group(number: int, own: Mapping[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the group of a checkpoint, judged, and completed by what only this version of SGC has."""
+    for name in CONFIGURATION:
+        if name not in saved:
+            raise ValueError(f"the checkpoint is not one of SGC's: its parameter groups have no {name}")
+    merged = {name: value for name, value in own.items() if name not in ("params", "param_names")} | saved
+    try:
+        check_group(merged)
+        merged["steps"] = whole("steps", merged["steps"], at_least=0)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"parameter group {number} of the checkpoint is damaged: {error}") from None
+    for name in CONFIGURATION:
+        if merged[name] != own[name]:
+            raise ValueError(f"the checkpoint was written with {name}={merged[name]}, this SGC has {own[name]}")
+    return merged
 
 
 def _listed(params: Any) -> Any:
@@ -740,6 +824,26 @@ def _numbered_state(state_dict: dict[str, Any]) -> dict[str, Any]:
         groups.append({**group, "params": list(range(first, len(numbers)))})
     state = {numbers.get(key, key): held for key, held in state_dict["state"].items()}
     return {**state_dict, "param_groups": groups, "state": state}
+
+
+def _rates(group: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the learning rate of a step, negative where the group ascends, and its weight decay.
+
+    Raises:
+        TypeError: what a scheduler or the user has put there is no number.
+        ValueError: it is negative or not finite.
+    """
+    lr = rate("lr", group["lr"])
+    return -lr if group["maximize"] else lr, lr * group["weight_decay"]
+
+
+def _described(value: Any) -> Any:
+    """Say what a checkpoint holds in the place of a state tensor: shape and dtype, or what is wrong with it."""
+    if not isinstance(value, Tensor):
+        return shown(value)
+    if value.is_meta or value.layout is not torch.strided:
+        return f"a tensor on the {value.device} device in layout {value.layout}"
+    return tuple(value.shape), value.dtype
 
 
 def _expected_bytes(param: Tensor, group: dict[str, Any]) -> int:

@@ -196,10 +196,11 @@ class Partition:
                     f"{span[0]:.0f} to {span[1]:.0f}: it is of another model, another number of ranks or another stage "
                     "of ZeRO; sgc.zero_checkpoint.reshape_checkpoint rewrites one for other ranks"
                 )
-        for name, (shape, _) in self.schema(group).items():
-            if name not in saved or tuple(saved[name].shape) != shape:
-                found = f"of shape {tuple(saved[name].shape)}" if name in saved else "none"
-                raise ValueError(f"the state {name} should have shape {shape}, the checkpoint holds {found}")
+        for name, (shape, dtype) in self.schema(group).items():
+            held = saved.get(name)
+            if not isinstance(held, Tensor) or (tuple(held.shape), held.dtype) != (shape, dtype):
+                found = f"{held.dtype} of shape {tuple(held.shape)}" if isinstance(held, Tensor) else "none"
+                raise ValueError(f"the state {name} should be {dtype} of shape {shape}, the checkpoint holds {found}")
 
     def make_state(self, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         """Fill an empty state."""

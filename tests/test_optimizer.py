@@ -720,7 +720,7 @@ def test_the_state_of_another_shape_is_refused_by_name_and_nothing_overwritten(r
 
 
 def test_a_state_with_a_tensor_missing_or_too_many_is_refused():
-    for change in (lambda state: state.pop("row"), lambda state: state.update(more=torch.zeros(3))):
+    for change in (lambda state: state.pop("row"), lambda state: state.update(exp_avg=torch.zeros(3))):
         optimizer = SGC(make_params(), **BASE, moments="residual")
         run(optimizer, 1)
         saved = through_a_file(optimizer.state_dict())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sgc.checks import sequence, shown, whole, word
 from sgc.codec.layout import make_layout
 from sgc.codec.project import Projection, check_projection
 from sgc.codec.recover import METHODS, recover
@@ -29,7 +31,8 @@ class Codec:
         seed: of A.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size below 1, or a negative seed.
+        TypeError: one that is not a whole number.
 
     Example:
         >>> codec = Codec(chunk_size=256, sketch_size=64, sparsity=4)
@@ -42,14 +45,11 @@ class Codec:
     def __init__(
         self, chunk_size: int | None = 1024, sketch_size: int = 128, sparsity: int = 16, seed: int = 0
     ) -> None:
-        sizes = {"sketch_size": sketch_size, "sparsity": sparsity}
-        for name, size in sizes.items() if chunk_size is None else {"chunk_size": chunk_size, **sizes}.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}")
-        self.chunk_size, self.sketch_size, self.sparsity, self.seed = chunk_size, sketch_size, sparsity, seed
-        self._projection = Projection(sketch_size, seed)
+        self.chunk_size = whole("chunk_size", chunk_size, at_least=1, optional=True)
+        self.sketch_size = whole("sketch_size", sketch_size, at_least=1)
+        self.sparsity = whole("sparsity", sparsity, at_least=1)
+        self.seed = whole("seed", seed, at_least=0)
+        self._projection = Projection(self.sketch_size, self.seed)
 
     def __repr__(self) -> str:
         return (
@@ -69,8 +69,7 @@ class Codec:
         Raises:
             TypeError: x is not a dense real floating-point tensor.
         """
-        if not x.is_floating_point() or x.layout is not torch.strided:
-            raise TypeError(f"x must be a dense real floating-point tensor, got {x.dtype} in layout {x.layout}")
+        _check_dense("x", x)
         layout = make_layout(x.shape, self.chunk_size)
         check_projection(layout.chunk, self.sketch_size)
         shape = (layout.chunks, min(self.sketch_size, layout.chunk))
@@ -97,16 +96,18 @@ class Codec:
 
         Raises:
             ValueError: the sketch does not belong to this shape, an unknown method, or s' above k.
+            TypeError: the sketch is not a dense real floating-point tensor; an argument of another kind.
         """
+        _check_dense("sketch", sketch)
+        shape = tuple(whole("shape", size, at_least=0) for size in sequence("shape", shape, "a sequence of sizes"))
         layout = make_layout(shape, self.chunk_size)
-        sparsity = self.sparsity if sparsity is None else sparsity
+        sparsity = self.sparsity if sparsity is None else whole("sparsity", sparsity)
         expected = (layout.chunks, min(self.sketch_size, layout.chunk))
         if tuple(sketch.shape) != expected:
             raise ValueError(
                 f"a tensor of shape {tuple(shape)} has a sketch of shape {expected}, got {tuple(sketch.shape)}"
             )
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        method = word("method", method, METHODS)
         if not 1 <= sparsity or (self.sketch_size < layout.chunk and sparsity > self.sketch_size):
             raise ValueError(f"sparsity must be in [1, sketch_size={self.sketch_size}], got {sparsity}")
         check_projection(layout.chunk, self.sketch_size)
@@ -115,6 +116,14 @@ class Codec:
         flat = torch.zeros(layout.numel, dtype=torch.float32, device=sketch.device)
         place(flat, layout.flat_index(index), value, index, lengths)
         return flat.view(tuple(shape))
+
+
+def _check_dense(name: str, tensor: Any) -> None:
+    """Raise TypeError where what is given as `name` is not a dense real floating-point tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a dense real floating-point tensor, got {shown(tensor)}")
+    if not tensor.is_floating_point() or tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense real floating-point tensor, got {tensor.dtype} in {tensor.layout}")
 
 
 def place(flat: Tensor, position: Tensor, value: Tensor, index: Tensor, lengths: Tensor | None) -> None:
