@@ -705,7 +705,7 @@ class SGC(torch.optim.Optimizer):
                 names = self._own_names(held, *numbered[number]) if number in numbered else set[str]()
                 if PENDING in names:
                     pending[number] = held[PENDING]
-                own[number] = {name: held[name] for name in names if name != PENDING}
+                own[number] = {name: value for name, value in held.items() if name in names and name != PENDING}
                 others[number] = {k: v for k, v in held.items() if k not in names} if names else held
             return {**state_dict, "state": others}
 

@@ -1,4 +1,6 @@
+import inspect
 import math
+import re
 
 import numpy as np
 import pytest
@@ -164,3 +166,34 @@ def test_a_projection_beyond_the_bound_is_refused_before_anything_is_made():
 
 def test_the_codec_says_what_it_is():
     assert repr(Codec(32, 16, 4, seed=2)) == "Codec(chunk_size=32, sketch_size=16, sparsity=4, seed=2)"
+
+
+SIZES = {"chunk_size": 32, "sketch_size": 16, "sparsity": 2, "seed": 0}
+assert SIZES.keys() == inspect.signature(Codec).parameters.keys()
+X = torch.randn(10, 32, generator=torch.Generator().manual_seed(0))
+CALLS = {  # by argument: a call of the codec with another value in its place
+    **{name: lambda value, name=name: Codec(**{**SIZES, name: value}) for name in SIZES},
+    "x": lambda value: Codec(**SIZES).encode(value),
+    "sketch": lambda value: Codec(**SIZES).decode(value, (10, 32)),
+    "shape": lambda value: Codec(**SIZES).decode(torch.zeros(10, 16), value),
+    "recovered": lambda value: Codec(**SIZES).decode(torch.zeros(10, 16), (10, 32), sparsity=value),
+    "method": lambda value: Codec(**SIZES).decode(torch.zeros(10, 16), (10, 32), method=value),
+}
+NONSENSE = ["8", "", b"8", object(), {}, [], [1.5], {3}, 0.5, -1, math.nan, math.inf, 10**400, True, torch.tensor(1j)]
+
+
+@pytest.mark.parametrize("value", NONSENSE, ids=lambda value: f"{type(value).__name__}")
+@pytest.mark.parametrize("name", CALLS)
+def test_nonsense_is_refused_by_the_argument_s_name(name, value):
+    with pytest.raises((TypeError, ValueError)) as refusal:
+        CALLS[name](value)
+    wanted = {"recovered": "sparsity"}.get(name, name)
+    assert re.search(rf"\b{wanted}\b", str(refusal.value))
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("guise", [np.int64, np.uint8, np.array, torch.tensor], ids=lambda guise: guise.__name__)
+def test_a_whole_number_of_any_kind_is_one(name, guise):
+    plain, other = Codec(**SIZES), Codec(**{**SIZES, name: guise(SIZES[name])})
+    assert repr(other) == repr(plain)
+    assert other.decode(other.encode(X), np.array(X.shape)).equal(plain.decode(plain.encode(X), X.shape))
