@@ -36,9 +36,9 @@ SIZES = {  # and the least value of those whose rule does not depend on others
 RATES = ("lr", "eps", "weight_decay")
 FLAGS = ("stochastic_rounding", "maximize")
 CHOICES = {"moments": RULES, "recovery": METHODS, "state_dtype": STATE_DTYPES}
-# AdamW's other switches. These choose an implementation, so that SGC takes either value and does the same …
+# AdamW's other switches. These choose an implementation: SGC takes either value, and does the same.
 IGNORED = ("foreach", "fused")
-# … and these would change what is computed, or promise what SGC does not do.
+# These would change what is computed, or promise what SGC does not do.
 SWITCHED_OFF = {
     "amsgrad": "SGC keeps no maximum of the second moment",
     "capturable": "a step of SGC is not captured in a CUDA graph",
