@@ -201,7 +201,7 @@ def disagree(name, values):
     return None
 
 
-@pytest.mark.parametrize(("name", "values"), [("sketch_size", (16, 17)), ("seed", (0, 1)), ("weight_decay", (0, 0.1))])
+@pytest.mark.parametrize(("name", "values"), [("sketch_size", (16, 17)), ("seed", (0, 1)), ("weight_decay", (0.0, 0.1))])
 def test_ranks_that_disagree_are_refused_at_the_first_step(processes, name, values):
     refused = [message for message in processes.run(disagree, name, values) if message]
     assert len(refused) == 1  # whoever came second
