@@ -111,7 +111,9 @@ def load_metric(name: str) -> evaluate.EvaluationModule:
         raise ValueError(f"there is no metric '{name}'; recipes/metrics has {names}") from error
 
 
-def open_rows(args: DataArguments, seed: int, notes: text_data.Notes) -> tuple[Dataset, Dataset]:
+def open_rows(
+    args: DataArguments, named: dict[str, str | None], seed: int, notes: text_data.Notes
+) -> tuple[Dataset, Dataset]:
     """Return training and test rows: the embedded task's, or the user's."""
     if args.dataset is None:
         train, test = (
@@ -126,6 +128,8 @@ def open_rows(args: DataArguments, seed: int, notes: text_data.Notes) -> tuple[D
             eval_fraction=args.eval_fraction,
             seed=seed,
             notes=notes,
+            named=named,
+            task=args.task,
         )
     train = train.select(range(min(len(train), args.max_train_samples or len(train))))
     return train, test.select(range(min(len(test), args.max_eval_samples or len(test))))
@@ -165,34 +169,35 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: Finetune
     if config.is_encoder_decoder:
         raise ValueError(f"the model must be a decoder or an encoder, got the encoder-decoder '{config.model_type}'")
     max_length = context_of(config, tokenizer, data_args.max_length)
-    train_rows, test_rows = open_rows(data_args, args.seed, notes)
     named = {
         r: getattr(data_args, f"{r}_column") for r in ("instruction", "input", "output", "messages", "text", "label")
     }
-    layout = text_data.find_layout(train_rows.column_names, named, data_args.task)
-    text_data.find_layout(test_rows.column_names, dict(layout_names(layout)), data_args.task)
+    train_rows, test_rows = open_rows(data_args, named, args.seed, notes)
+    layout, test_layout = text_data.layouts(train_rows, test_rows, named, data_args.task)
+    parts = ((train_rows, layout), (test_rows, test_layout))
+    names: list[str] | None = None
     prompts: list[tuple[list[int], str, int]] = []
     metric = None
     if layout.kind == "classification":
-        names = text_data.label_names(train_rows, test_rows, layout.columns["label"])
+        names = text_data.label_names(train_rows, test_rows, layout.columns["label"], test_layout.columns["label"])
         config.num_labels, config.pad_token_id = len(names), tokenizer.pad_token_id
         config.id2label, config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
         train, test = (
-            text_data.classification_examples(r, layout, tokenizer, names=names, max_length=max_length, notes=notes)
-            for r in (train_rows, test_rows)
+            text_data.classification_examples(*part, tokenizer, names=names, max_length=max_length, notes=notes)
+            for part in parts
         )
     else:
-        if tokenizer.chat_template is None and layout.kind != "text":
+        if tokenizer.chat_template is None and {layout.kind, test_layout.kind} != {"text"}:
             tokenizer.chat_template = text_data.plain_template(tokenizer)
             say("the tokenizer has no chat template: a plain one is used, and saved with the model")
         train, test = (
             text_data.generation_examples(
-                r, layout, tokenizer, max_length=max_length, answers_only=data_args.answers_only, notes=notes
+                *part, tokenizer, max_length=max_length, answers_only=data_args.answers_only, notes=notes
             )
-            for r in (train_rows, test_rows)
+            for part in parts
         )
-        if layout.kind != "text" and data_args.metric != "none" and data_args.generate_samples > 0:
-            prompts = text_data.prompts(test_rows, layout, tokenizer, max_length=max_length)
+        if test_layout.kind != "text" and data_args.metric != "none" and data_args.generate_samples > 0:
+            prompts = text_data.prompts(test_rows, test_layout, tokenizer, max_length=max_length)
             prompts = prompts[: data_args.generate_samples]
             if data_args.metric != "auto":
                 metric = load_metric(data_args.metric)
@@ -201,7 +206,11 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: Finetune
     for line in notes.lines():
         say(f"note: {line}")
     if not train or not test:
-        raise ValueError(f"no {'training' if not train else 'test'} example is left of {len(train_rows):,} rows")
+        kind, left_of = ("test", test_rows) if train else ("training", train_rows)
+        raise ValueError(
+            f"no {kind} example is left of {len(left_of):,} rows" + "".join(f"; {n}" for n in notes.lines())
+        )
+    say(text_data.first_example(train[0], tokenizer, names))
     if data_args.packing and layout.kind != "classification":
         before, train = len(train), text_data.pack(train, max_length)
         say(f"note: {before:,} training examples packed into {len(train):,} of up to {max_length} tokens")
@@ -211,11 +220,6 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: Finetune
     return Job(
         tokenizer, config, layout.kind, max_length, *examples, [] if metric is None else prompts, metric, accuracy
     )
-
-
-def layout_names(layout: text_data.Layout) -> list[tuple[str, str]]:
-    """Return the columns that the test rows must have too."""
-    return [(role, column) for role, column in layout.columns.items() if role != "text2"]
 
 
 def load_model(model_args: ModelArguments, job: Job, args: FinetuneArguments) -> torch.nn.Module:

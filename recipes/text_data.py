@@ -1,6 +1,6 @@
-"""From files or hub data sets to batches: formats, prompts, the loss mask, packing.
+"""From rows to batches: what is trained on and what is held out, tokens and the loss mask, packing.
 
-    rows ─ layout (which columns mean what) ─▶ messages or text ─ tokens and labels ─▶ examples ─ packs ─▶ batches
+    data_files ─▶ rows ─ conversations ─▶ messages ─ chat_templates ─▶ text ─ tokens, labels ─▶ examples ─ packs ─▶ batches
 
 Label -100 marks a token that bears no loss. Everything that is cut, dropped or assumed is counted in `Notes`.
 """
@@ -8,134 +8,81 @@ Label -100 marks a token that bears no loss. Everything that is cut, dropped or 
 from __future__ import annotations
 
 import json
-import os
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets import ClassLabel, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from chat_templates import RefusedError, end_of_turn, plain_template, prefix_tokens, render
+from conversations import Layout, as_text, find_layout, is_learnt, to_messages, tools_of
+from data_files import EVAL_SPLITS, Notes, read, shortened
+
+__all__ = [  # with what scripts need of the modules above
+    "IGNORE",
+    "Collator",
+    "Layout",
+    "Notes",
+    "classification_examples",
+    "encode_pieces",
+    "end_of_turn",
+    "find_layout",
+    "first_example",
+    "generation_examples",
+    "label_names",
+    "layouts",
+    "pack",
+    "packs_are_isolated",
+    "plain_template",
+    "prompts",
+    "read",
+    "render",
+    "split",
+    "to_messages",
+]
 IGNORE = -100
-LOADERS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".text": "text",
-}
-EVAL_SPLITS = ("validation", "dev", "test", "validation_matched")
-TEXT_COLUMNS = (
-    ("sentence",),
-    ("text",),
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question", "sentence"),
-)
-LABEL_COLUMNS = ("label", "labels")
-PLAIN_TEMPLATE = (
-    "{% for m in messages %}"
-    "{% if m['role'] == 'assistant' %}{{ '### Response:\\n' + m['content'] + (eos_token or '') }}"
-    "{% elif m['role'] == 'system' %}{{ m['content'] + '\\n\\n' }}"
-    "{% else %}{{ ('' if loop.first else '\\n\\n') + '### Instruction:\\n' + m['content'] + '\\n\\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
-)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Which columns hold what.
-
-    Args:
-        kind: "messages", "instruction", "text" or "classification".
-        columns: role (such as "instruction") → column name; "text2" is the second text of a pair.
-    """
-
-    kind: str
-    columns: dict[str, str]
-
-
-@dataclass
-class Notes:
-    """What was done to the data without being asked, counted, to be said aloud."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-
-    def lines(self) -> list[str]:
-        """Return one line per kind of change."""
-        return [f"{what}: {count:,}" for what, count in self.counts.items()]
-
-
-# ---------------------------------------------------------------------------------------------------- reading
-
-
-def read(source: str, *, config: str | None = None) -> DatasetDict:
-    """Open a local file (by its ending), a folder that holds such files, or a data set of the hub.
-
-    Raises:
-        ValueError: nothing is there, the ending is unknown, or the file can't be read.
-    """
-    path = Path(source).expanduser()
-    looks_local = path.suffix.lower() in LOADERS or source.startswith((".", "/", "~")) or path.exists()
-    if not looks_local:
-        if os.environ.get("HF_HUB_OFFLINE") == "1" and source.count("/") > 1:
-            raise ValueError(f"--dataset must be a local file or a name on the hub, got '{source}', which is neither")
-        try:
-            loaded = load_dataset(source, config)
-        except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
-            raise ValueError(
-                f"data set '{source}' is no local file, and the hub did not give it: {str(error).splitlines()[0]}"
-            ) from None
-        return loaded
-    if not path.exists():
-        raise ValueError(f"data file '{source}' does not exist")
-    if path.is_dir():
-        splits = {f.stem: str(f) for f in sorted(path.iterdir()) if f.suffix.lower() in LOADERS}
-        if "train" not in splits:
-            raise ValueError(f"folder '{source}' must hold train.json (or {', '.join(LOADERS)}), got {sorted(splits)}")
-        return DatasetDict({name: read(file)["train"] for name, file in splits.items()})
-    suffix = path.suffix.lower()
-    if suffix not in LOADERS:
-        raise ValueError(f"a data file must end in one of {', '.join(LOADERS)}, got '{path.name}'")
-    if path.stat().st_size == 0:
-        raise ValueError(f"data set '{source}' is empty")
-    options: dict[str, Any] = {"text": {"sample_by": "paragraph"}, "csv": {}}.get(LOADERS[suffix], {})
-    if suffix == ".tsv":
-        options = {"sep": "\t", "quoting": 3}  # GLUE's files use quotes as plain text
-    try:
-        return load_dataset(LOADERS[suffix], data_files=str(path), **options)
-    except Exception as error:  # a loader raises whatever its parser raises: the cause is said, and the run ends
-        cause = error.__cause__ or error
-        raise ValueError(f"data file '{source}' can't be read as {LOADERS[suffix]}: {cause}") from None
+# --------------------------------------------------------------------------------------------------------- rows
 
 
 def split(
-    source: str, eval_source: str | None, *, config: str | None, eval_fraction: float, seed: int, notes: Notes
+    source: str,
+    eval_source: str | None,
+    *,
+    config: str | None,
+    eval_fraction: float,
+    seed: int,
+    notes: Notes,
+    named: dict[str, str | None] | None = None,
+    task: str = "auto",
 ) -> tuple[Dataset, Dataset]:
     """Return the rows to train on and the rows to evaluate on, which share none.
 
     The latter come from `eval_source`, else from the data set's own validation or test split, else they are held out.
+    `named` and `task` are those of `find_layout`: whether two rows are one is seen from the columns that are used.
     """
-    parts = read(source, config=config)
+    parts = read(source, config=config, notes=notes)
     if "train" not in parts:
         raise ValueError(f"data set '{source}' has no split named train; it has {sorted(parts)}")
     train = parts["train"]
     if len(train) == 0:
         raise ValueError(f"data set '{source}' is empty")
-    own = next((parts[name] for name in EVAL_SPLITS if name in parts), None)
+    own = None if eval_source else next((name for name in EVAL_SPLITS if name in parts and len(parts[name])), None)
+    for name in sorted(set(parts) - {"train", own}):
+        notes.counts[f"rows of the split {name}, which is not used"] += len(parts[name])
     if eval_source is not None:
-        others = read(eval_source, config=config)
+        others = read(eval_source, config=config, notes=notes)
         test = next((others[name] for name in (*EVAL_SPLITS, "train") if name in others), None)
         if test is None or len(test) == 0:
             raise ValueError(f"data set '{eval_source}' is empty")
     elif own is not None:
-        test = own
+        test = parts[own]
     else:
         if not 0 < eval_fraction < 1:
             raise ValueError(f"eval_fraction must be in (0, 1), got {eval_fraction}")
@@ -144,18 +91,34 @@ def split(
         held_out = train.train_test_split(test_size=max(1, int(len(train) * eval_fraction)), seed=seed)
         train, test = held_out["train"], held_out["test"]
         notes.counts[f"rows held out for testing (eval_fraction={eval_fraction})"] += len(test)
-    return train, without_shared(train, test, notes)
+    return train, without_shared(train, test, layouts(train, test, named or {}, task), notes)
 
 
-def without_shared(train: Dataset, test: Dataset, notes: Notes) -> Dataset:
-    """Return the test rows that don't occur in `train`."""
-    columns = sorted(set(train.column_names) & set(test.column_names))
+def layouts(train: Dataset, test: Dataset, named: dict[str, str | None], task: str) -> tuple[Layout, Layout]:
+    """Return what the columns of the training rows and of the test rows mean; they may have different names.
 
-    def key(row: dict) -> str:
-        return json.dumps([row[c] for c in columns], sort_keys=True, default=str)
+    Raises:
+        ValueError: one of them can't be used, or only one of them is for classification.
+    """
+    own = find_layout(train.column_names, named, task)
+    try:
+        other = find_layout(test.column_names, {r: c for r, c in named.items() if c in test.column_names}, task)
+    except ValueError as error:
+        raise ValueError(f"the test rows can't be used: {error}") from None
+    if "classification" in (own.kind, other.kind) and own.kind != other.kind:
+        raise ValueError(f"the test rows must be of the kind of the training rows, {own.kind}, got {other.kind}")
+    return own, other
 
-    seen = {key(row) for row in train}
-    keep = [i for i, row in enumerate(test) if key(row) not in seen]
+
+def without_shared(train: Dataset, test: Dataset, known: tuple[Layout, Layout], notes: Notes) -> Dataset:
+    """Return the test rows that don't occur in `train`, whatever else their columns hold."""
+
+    def key(row: dict, layout: Layout) -> str:
+        used = {role: row[column] for role, column in layout.columns.items() if row[column]}
+        return json.dumps(used, sort_keys=True, default=str)
+
+    seen = {key(row, known[0]) for row in train}
+    keep = [i for i, row in enumerate(test) if key(row, known[1]) not in seen]
     if len(keep) < len(test):
         notes.counts["test rows left out, because they are training rows too"] += len(test) - len(keep)
     if not keep:
@@ -163,114 +126,7 @@ def without_shared(train: Dataset, test: Dataset, notes: Notes) -> Dataset:
     return test.select(keep)
 
 
-def find_layout(columns: Iterable[str], named: dict[str, str | None], task: str) -> Layout:
-    """Decide which columns mean what, from their names and from what the user named.
-
-    Args:
-        columns: the data set's column names.
-        named: role → column given by the user, or None; roles are instruction, input, output, messages, text, label.
-        task: "auto", "generation" or "classification".
-
-    Raises:
-        ValueError: a named column is missing, or nothing usable is found.
-    """
-    columns = list(columns)
-    for role, column in named.items():
-        if column is not None and column not in columns:
-            raise ValueError(f"--{role}_column: there is no column '{column}'; the data set has {', '.join(columns)}")
-    given = {role: column for role, column in named.items() if column is not None}
-
-    def pick(role: str, *names: str) -> str | None:
-        return given.get(role) or next((n for n in names if n in columns), None)
-
-    label = pick("label", *LABEL_COLUMNS)
-    pair = (given["text"],) if "text" in given else next((p for p in TEXT_COLUMNS if set(p) <= set(columns)), None)
-    if task == "classification" or (task == "auto" and label and pair and not {"messages", "output"} & given.keys()):
-        if label is None:
-            raise ValueError(f"classification needs a label column (--label_column); there are {', '.join(columns)}")
-        if pair is None:
-            raise ValueError(f"classification needs a text column (--text_column); there are {', '.join(columns)}")
-        roles = {"label": label, "text": pair[0]}
-        return Layout("classification", roles if len(pair) == 1 else roles | {"text2": pair[1]})
-    if "text" not in given:
-        if (messages := pick("messages", "messages", "conversations")) is not None:
-            return Layout("messages", {"messages": messages})
-        instruction = pick("instruction", "instruction", "prompt", "question")
-        output = pick("output", "output", "completion", "response", "answer")
-        if instruction is not None and output is not None:
-            roles = {"instruction": instruction, "output": output}
-            context = pick("input", "input", "context")
-            return Layout("instruction", roles | ({"input": context} if context else {}))
-    if pair is not None and len(pair) == 1:
-        return Layout("text", {"text": pair[0]})
-    raise ValueError(
-        f"no known format among the columns {', '.join(columns)}: needed are messages, or instruction and output, or "
-        "text, or label and a text (name others with --messages_column, --instruction_column, --output_column, …)"
-    )
-
-
-# --------------------------------------------------------------------------------------------------- prompting
-
-
-def to_messages(row: dict, layout: Layout) -> list[dict[str, str]]:
-    """Tell a row as a conversation of dicts with role and content.
-
-    Raises:
-        ValueError: a message has no role or no content, or there is no answer to learn.
-    """
-    if layout.kind == "instruction":
-        prompt = str(row[layout.columns["instruction"]] or "")
-        context = row[layout.columns["input"]] if "input" in layout.columns else None
-        answer = row[layout.columns["output"]]
-        if answer is None or str(answer) == "":
-            return []
-        user = f"{prompt}\n{context}" if context else prompt
-        return [{"role": "user", "content": user}, {"role": "assistant", "content": str(answer)}]
-    messages = []
-    for m in row[layout.columns["messages"]] or []:
-        if not isinstance(m, dict) or (not {"role", "content"} <= m.keys() and not {"from", "value"} <= m.keys()):
-            raise ValueError(f"a message must have a role and a content, got {m!r}")
-        role, content = (m["role"], m["content"]) if "role" in m else (m["from"], m["value"])
-        role = {"human": "user", "gpt": "assistant"}.get(role, role)
-        messages.append({"role": role, "content": content or ""})
-    return messages if any(m["role"] == "assistant" for m in messages) else []
-
-
-def prefix_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return what the tokenizer puts before a text by itself: the bos token, or nothing."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
-
-
-def plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the chat template for a tokenizer that has none; saved with the model, so that its user prompts alike."""
-    return ("{{ bos_token }}" if prefix_tokens(tokenizer) else "") + PLAIN_TEMPLATE
-
-
-def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """Cut a conversation into pieces of text, each with whether the model is to write it.
-
-    A piece is tokenized by itself, so the tokens before an answer are those the model sees when it is prompted.
-    """
-
-    def text(part: list[dict[str, str]], *, prompt: bool = False) -> str:
-        return tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=prompt)
-
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    spans = [(text(messages[:i], prompt=True), text(messages[: i + 1])) for i in turns]
-    whole = spans[-1][1]
-    if not whole.startswith(spans[-1][0]):
-        raise ValueError(
-            "this chat template rewrites the prompt once it has the answer; the loss can't be kept to answers"
-        )
-    pieces: list[tuple[str, bool]] = []
-    done = 0
-    for before, after in spans:
-        # a template may rewrite an earlier turn (drop its thoughts): that one stays part of the prompt
-        if whole.startswith(after) and after.startswith(before) and len(before) >= done:
-            pieces += [(whole[done : len(before)], False), (whole[len(before) : len(after)], True)]
-            done = len(after)
-    return pieces
+# ---------------------------------------------------------------------------------------------------- examples
 
 
 def encode_pieces(
@@ -287,20 +143,6 @@ def encode_pieces(
     return {"input_ids": ids, "labels": labels}
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end an answer: eos, and what the chat template writes after one."""
-    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tokenize=False
-    )
-    after = tokenizer(text[text.rindex("b") + 1 :], add_special_tokens=False)["input_ids"][:1]
-    special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
-    return sorted({*ends, *(t for t in after if t in special)})
-
-
-# ---------------------------------------------------------------------------------------------------- examples
-
-
 def generation_examples(
     rows: Dataset,
     layout: Layout,
@@ -313,36 +155,92 @@ def generation_examples(
     """Make examples for a language model, cut to `max_length` tokens.
 
     A plain text that is longer goes on in the next example; a conversation is cut, and left out when no answer is left.
+
+    Raises:
+        ValueError: a row is broken, or the chat template can't be parsed.
     """
+    if layout.kind != "text":
+        end_of_turn(tokenizer)  # a template that can't be parsed is no fault of a row
     examples = []
-    for row in rows:
-        if layout.kind == "text":
-            text = row[layout.columns["text"]]
-            if not text:
-                notes.counts["rows without text left out"] += 1
-                continue
-            ids = prefix_tokens(tokenizer) + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            ids += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-            if len(ids) > max_length:
-                notes.counts[f"texts longer than {max_length} tokens cut into several examples"] += 1
-            for start in range(0, len(ids), max_length):
-                part = ids[start : start + max_length]
-                if len(part) > 1:
-                    examples.append({"input_ids": part, "labels": [IGNORE, *part[1:]]})
+    for number, row in enumerate(rows):
+        try:
+            if layout.kind == "text":
+                made = text_examples(row[layout.columns["text"]], tokenizer, max_length, notes)
+            else:
+                made = conversation_examples(row, layout, tokenizer, answers_only=answers_only, notes=notes)
+        except ValueError as error:
+            raise ValueError(f"{notes.where(row, number)}: {error}") from None
+        except RefusedError as error:
+            notes.count("rows left out, because the chat template refuses them", str(error), row, number)
             continue
-        messages = to_messages(row, layout)
-        if not messages:
-            notes.counts["rows without an answer left out"] += 1
-            continue
-        example = encode_pieces(render(messages, tokenizer), tokenizer, answers_only=answers_only)
-        if len(example["input_ids"]) > max_length:
-            example = {name: values[:max_length] for name, values in example.items()}
-            if all(label == IGNORE for label in example["labels"]):
-                notes.counts[f"examples left out, because the answer begins after {max_length} tokens"] += 1
-                continue
-            notes.counts[f"examples cut to {max_length} tokens"] += 1
-        examples.append(example)
+        for example in made:
+            if len(example["input_ids"]) > max_length:
+                example = {name: values[:max_length] for name, values in example.items()}
+                if all(label == IGNORE for label in example["labels"]):
+                    notes.counts[f"examples left out, because the answer begins after {max_length} tokens"] += 1
+                    continue
+                notes.counts[f"examples cut to {max_length} tokens"] += 1
+            examples.append(example)
+    count_unused(rows, layout, notes)
     return examples
+
+
+def text_examples(
+    text: Any, tokenizer: PreTrainedTokenizerBase, max_length: int, notes: Notes
+) -> Iterator[dict[str, list[int]]]:
+    """Yield the examples of a text, which are as many as it has times `max_length` tokens."""
+    text = as_text(text, notes.counts)
+    if not text:
+        notes.counts["rows without text left out"] += 1
+        return
+    ids = prefix_tokens(tokenizer) + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if len(ids) > max_length:
+        notes.counts[f"texts longer than {max_length} tokens cut into several examples"] += 1
+    for start in range(0, len(ids), max_length):
+        part = ids[start : start + max_length]
+        if len(part) > 1:
+            yield {"input_ids": part, "labels": [IGNORE, *part[1:]]}
+
+
+def conversation_examples(
+    row: dict, layout: Layout, tokenizer: PreTrainedTokenizerBase, *, answers_only: bool, notes: Notes
+) -> list[dict[str, list[int]]]:
+    """Return the examples of a conversation: one, or more if its chat template changes answers later on."""
+    messages = to_messages(row, layout, notes)
+    if not messages:
+        notes.counts["rows without an answer left out"] += 1
+        return []
+    texts = render(messages, tokenizer, tools_of(row, layout), notes)
+    return [
+        encode_pieces(pieces, tokenizer, answers_only=answers_only) for pieces in texts[0 if answers_only else -1 :]
+    ]
+
+
+def count_unused(rows: Dataset, layout: Layout, notes: Notes) -> None:
+    """Count the rows that hold something in a column that is not used."""
+    others = [name for name in rows.column_names if name not in layout.columns.values()]
+    if others:
+        empty = (None, "", [], {})
+        number = sum(any(value not in empty for value in row.values()) for row in rows.select_columns(others))
+        if number:
+            notes.counts[f"rows of which {', '.join(others)} is not used"] += number
+
+
+def first_example(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, names: list[str] | None = None) -> str:
+    """Return an example as the model sees it; what bears loss stands between >>> and <<<, long pieces are shortened."""
+    ids, labels = example["input_ids"], example["labels"]
+    if names is not None:
+        text = f"{shortened(tokenizer.decode(ids), 800)}\n>>>{names[labels]}<<<"
+    else:
+        text = ""
+        for learnt, pairs in groupby(zip(ids, labels, strict=True), lambda pair: pair[1] != IGNORE):
+            piece = shortened(tokenizer.decode([token for token, _ in pairs]), 800)
+            text += f">>>{piece}<<<" if learnt else piece
+    encoding = sys.stdout.encoding or "utf-8"
+    return f"the first example, loss on what stands in >>> <<<:\n{text}".encode(encoding, "backslashreplace").decode(
+        encoding
+    )
 
 
 def prompts(
@@ -354,32 +252,63 @@ def prompts(
         messages = to_messages(row, layout)
         if not messages:
             continue
-        last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
-        *before, answer = render(messages[: last + 1], tokenizer)
+        try:
+            *before, answer = render(messages, tokenizer, tools_of(row, layout))[-1]
+        except RefusedError:  # counted with the examples
+            continue
+        last = [message for message in messages if is_learnt(message)][-1]
         ids = encode_pieces(before, tokenizer, answers_only=True)["input_ids"]
         length = len(tokenizer(answer[0], add_special_tokens=False)["input_ids"])
-        if len(ids) + length <= max_length:
-            found.append((ids, messages[last]["content"], length))
+        if ids and "tool_calls" not in last and len(ids) + length <= max_length:
+            found.append((ids, last["content"], length))
     return found
 
 
-def label_names(train: Dataset, test: Dataset, column: str) -> list[str]:
-    """Return the class names in order; whole numbers keep their order and become "0", "1", …
+def class_of(value: Any, feature: Any) -> str | None:
+    """Return the name of a class, or None where there is none.
 
     Raises:
-        ValueError: fewer than two classes, or a class that only the test rows have.
+        ValueError: the value is no whole number and no name.
     """
-    feature = train.features[column]
-    if hasattr(feature, "names"):
-        return list(feature.names)
-    classes = set(train[column])
-    if None in classes or any(isinstance(c, (float, list)) for c in classes):
-        raise ValueError(f"column '{column}' must hold whole numbers or names, got {next(iter(classes))!r}")
-    if len(classes) < 2:
-        raise ValueError(f"column '{column}' must hold two classes or more, got {sorted(map(str, classes))}")
-    if unknown := set(test[column]) - classes:
-        raise ValueError(f"class {sorted(map(str, unknown))[0]!r} of the test rows does not occur in the training rows")
-    return [str(c) for c in sorted(classes)]
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(feature, ClassLabel):
+        return feature.names[value] if 0 <= value < len(feature.names) else None  # -1 where it is not told
+    if isinstance(value, float) and value.is_integer():  # as whole numbers become where some are missing
+        value = int(value)
+    if not isinstance(value, (int, str)):
+        raise ValueError(f"whole numbers or names, got {shortened(repr(value))}")
+    return str(value)
+
+
+def label_names(train: Dataset, test: Dataset, column: str, test_column: str | None = None) -> list[str]:
+    """Return the class names in order: whole numbers in theirs, which need not be 0, 1, …; names in the alphabet's.
+
+    Raises:
+        ValueError: fewer than two classes, a class that only the test rows have, or what is no class.
+    """
+
+    def classes(rows: Dataset, column: str) -> set[str]:
+        try:
+            return {class_of(value, rows.features[column]) for value in rows[column]} - {None}
+        except ValueError as error:
+            raise ValueError(f"column '{column}' must hold {error}") from None
+
+    if isinstance(train.features[column], ClassLabel):
+        names = list(train.features[column].names)
+    else:
+        found = classes(train, column)
+        names = sorted(found, key=int) if all(map(is_whole, found)) else sorted(found)
+        if len(names) < 2:
+            raise ValueError(f"column '{column}' must hold two classes or more, got {names}")
+    if unknown := classes(test, test_column or column) - set(names):
+        raise ValueError(f"class {sorted(unknown)[0]!r} of the test rows does not occur in the training rows")
+    return names
+
+
+def is_whole(name: str) -> bool:
+    """Return whether the name of a class is a whole number."""
+    return name.removeprefix("-").isdecimal()
 
 
 def classification_examples(
@@ -395,14 +324,21 @@ def classification_examples(
     label, feature = layout.columns["label"], rows.features[layout.columns["label"]]
     ids = {name: i for i, name in enumerate(names)}
     examples = []
-    for row in rows:
-        texts = [row[layout.columns[role]] or "" for role in ("text", "text2") if role in layout.columns]
+    for number, row in enumerate(rows):
+        try:
+            texts = [as_text(row[layout.columns[r]], notes.counts) for r in ("text", "text2") if r in layout.columns]
+        except ValueError as error:
+            raise ValueError(f"{notes.where(row, number)}: {error}") from None
+        name = class_of(row[label], feature)
+        if name is None or not any(texts):
+            notes.counts[f"rows without a {'label' if name is None else 'text'} left out"] += 1
+            continue
         encoded = tokenizer(*texts, verbose=False)
         if len(encoded["input_ids"]) > max_length:
             encoded = tokenizer(*texts, truncation=True, max_length=max_length)
             notes.counts[f"examples cut to {max_length} tokens"] += 1
-        value = row[label]
-        examples.append({**encoded, "labels": value if hasattr(feature, "names") else ids[str(value)]})
+        examples.append({**encoded, "labels": ids[name]})
+    count_unused(rows, layout, notes)
     return examples
 
 
