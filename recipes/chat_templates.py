@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from itertools import takewhile
 from typing import Any
 
@@ -77,7 +79,13 @@ def render(
     """
     counts = (Notes() if notes is None else notes).counts
     places = [i for i, message in enumerate(messages) if is_learnt(message)]
-    answers = [answer(messages[: i + 1], tokenizer, tools) for i in places]
+    try:
+        answers = [answer(messages[: i + 1], tokenizer, tools) for i in places]
+    except RefusedError:
+        if not any("tool_calls" in message for message in messages):
+            raise
+        messages = [with_arguments_as_text(message) for message in messages]  # as some templates want them
+        answers = [answer(messages[: i + 1], tokenizer, tools) for i in places]
     texts: list[list[tuple[str, bool]]] = []
     left = set(range(len(answers)))
     while left:
@@ -96,15 +104,14 @@ def render(
         counts["answers that the chat template changes later on, learnt in examples of their own"] += len(texts) - 1
     if places[-1] < len(messages) - 1:
         counts["messages after the last answer left out"] += len(messages) - 1 - places[-1]
-    whole = answers[-1][1]
-    seen = dict(zip(places, (text[start:] for start, text in answers), strict=True))
-    for i, message in enumerate(messages[: places[-1] + 1]):
-        if message["content"].strip() not in seen.get(i, whole):
-            counts[f"contents of the role {message['role']} that the chat template does not write as they are"] += 1
-        for name in message.keys() - {"role", "content", "tool_calls", "tool_call_id", "weight"}:
-            if str(message[name]) not in seen.get(i, whole):
+    shown = dict.fromkeys(range(places[-1]), answers[-1][1]) | dict(zip(places, (t for _, t in answers), strict=True))
+    for i, text in shown.items():
+        if messages[i]["content"].strip() not in text:
+            counts[f"contents of the role {messages[i]['role']} that the chat template does not write as they are"] += 1
+        for name in messages[i].keys() - {"role", "content", "tool_calls", "tool_call_id", "weight"}:
+            if str(messages[i][name]) not in text:
                 counts[f"values of '{name}' in messages, which the chat template does not write"] += 1
-    if tools and not all(str(tool["function"].get("name")) in whole for tool in tools):
+    if tools and not all(str(tool["function"].get("name")) in answers[-1][1] for tool in tools):
         counts["rows whose tools the chat template does not write"] += 1
     return texts
 
@@ -115,32 +122,49 @@ def answer(
     """Return where the last message's answer begins, and the text that it ends.
 
     Raises:
-        RefusedError: the template leaves tool calls out, or changes what comes before the answer.
+        RefusedError: the template leaves the answer out, or changes what comes before it.
     """
     *before, last = messages
     whole = written(messages, tokenizer, tools)
-    if not before:
-        starts = [header_of_first(whole, tokenizer)]
-    else:
+    needed = last["content"].split("</think>")[-1].strip()  # a template may write thoughts elsewhere, or none
+    if before:
         prompt = written(before, tokenizer, tools, prompt=True)
         starts = [len(prompt)] if whole.startswith(prompt) else []
-        if not starts or last["content"].strip() not in whole[starts[0] :]:
-            # what asks for an answer may open a thought, which an answer from elsewhere does not have
-            base = written(before, tokenizer, tools)
-            starts += (
-                [
-                    sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, prompt, strict=False))),
-                    len(base),
-                ]
-                if whole.startswith(base)
-                else []
-            )
+        base = whole if starts and needed in whole[starts[0] :] else written(before, tokenizer, tools)
+        if whole.startswith(base):  # what asks for an answer may open a thought, which this answer does not have
+            starts += [len(base + common_start(whole[len(base) :], prompt[len(base) :])), len(base)]
+    else:
+        starts = [header_of_first(whole, tokenizer)]
     if not starts:
         raise RefusedError("the template rewrites the prompt once it has the answer")
-    start = next((start for start in starts if last["content"].strip() in whole[start:]), starts[0])
+    start = next((start for start in starts if needed in whole[start:]), None)
+    if start is None:
+        raise RefusedError("the template does not write the answer as it is")
     if not all(call["function"]["name"] in whole[start:] for call in last.get("tool_calls", ())):
         raise RefusedError("the template does not write tool calls")
     return start, whole
+
+
+def common_start(text: str, other: str) -> str:
+    """Return what two texts begin with, up to a mark such as "<think>" that only one of them has whole."""
+    shared = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False)))
+    return re.sub(r"[<\[][^<>\[\]]*$", "", shared)
+
+
+def with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message whose calls have their arguments as JSON in a text, which is how OpenAI writes them."""
+    if "tool_calls" not in message:
+        return message
+    functions = [call["function"] for call in message["tool_calls"]]
+    texts = [
+        f["arguments"] if isinstance(f["arguments"], str) else json.dumps(f["arguments"], ensure_ascii=False)
+        for f in functions
+    ]
+    calls = [
+        call | {"function": function | {"arguments": text}}
+        for call, function, text in zip(message["tool_calls"], functions, texts, strict=True)
+    ]
+    return message | {"tool_calls": calls}
 
 
 def header_of_first(whole: str, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,6 +1,6 @@
 """From rows to batches: what is trained on and what is held out, tokens and the loss mask, packing.
 
-    data_files ─▶ rows ─ conversations ─▶ messages ─ chat_templates ─▶ text ─ tokens, labels ─▶ examples ─ packs ─▶ batches
+    data_files ─▶ rows ─ conversations ─▶ messages ─ chat_templates ─▶ text ─▶ examples ─ packs ─▶ batches
 
 Label -100 marks a token that bears no loss. Everything that is cut, dropped or assumed is counted in `Notes`.
 """
