@@ -16,14 +16,18 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import fsspec
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Json, Value, concatenate_datasets, load_dataset, load_from_disk
 from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 from fsspec.utils import compressions
 
+SIMPLE = {str: "string", int: "int64", float: "float64", bool: "bool"}
+DEEPEST = 100  # levels of lists and objects in a row
 COMPRESSED = {f".{name}" for name in compressions} - {".zip"}  # which may hold several files
 EVAL_SPLITS = ("validation", "dev", "test", "validation_matched")
 
@@ -217,63 +221,95 @@ def first_line(error: BaseException) -> str:
 def dataset_of(files: list[tuple[Path, list[dict]]]) -> Dataset:
     """Make one data set of the rows of files; a row may lack a column, a column may hold values of several types."""
     rows = [row for _, of_file in files for row in of_file]
-    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
     try:
-        return Dataset.from_dict(columns, on_mixed_types="use_json")
+        return arrow_of(rows)
     except Exception as error:  # Arrow's errors are of many types, and name no row
         for path, of_file in files:
             for number, row in enumerate(of_file, 1):
-                if (cause := arrows_objection(row)) is not None:
+                if (cause := objection(row)) is not None:
                     raise ValueError(f"row {number} of '{path}' can't be read: {first_line(cause)}") from None
         raise ValueError(f"the rows of '{files[0][0]}' can't be read: {first_line(error)}") from None
 
 
-def arrows_objection(row: dict) -> Exception | None:
+def objection(row: dict) -> Exception | None:
     """Return the error that a row by itself raises, as a number of more than 64 bits does."""
     try:
-        Dataset.from_dict({name: [value] for name, value in row.items()}, on_mixed_types="use_json")
+        arrow_of([row])
     except Exception as error:  # as in `dataset_of`
         return error
     return None
 
 
+def arrow_of(rows: list[dict]) -> Dataset:
+    """Make a data set whose rows are those given: a column of one simple type as it is, any other as JSON.
+
+    As structs, Arrow would give every dict of a column the keys of all, and turn 1 beside 1.5 into 1.0.
+    """
+    columns: dict[str, list] = {}
+    features: dict[str, Any] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name) for row in rows]
+        types = {type(value) for value in values} - {NoneType}
+        if len(types) <= 1 and types <= SIMPLE.keys():
+            features[name] = Value(SIMPLE[next(iter(types), str)])
+        else:
+            features[name] = Json()
+            values = [None if value is None else as_json(value) for value in values]
+        columns[name] = values
+    return Dataset.from_dict(columns, features=Features(features))
+
+
+def as_json(value: Any) -> str:
+    """Return a value as JSON.
+
+    Raises:
+        ValueError: it is nested more deeply than what reads it later may be.
+    """
+    level = [value]
+    for _ in range(DEEPEST):
+        inner = (part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list)))
+        level = [value for part in inner for value in part]
+    if level:
+        raise ValueError("it is nested too deeply")
+    return json.dumps(value, ensure_ascii=False)
+
+
 # ---------------------------------------------------------------------------------------------- formats of text
 
 
-def json_rows(text: str) -> dict[str, list[dict]]:
+def json_rows(text: str, *, lines: bool = False) -> dict[str, list[dict]]:
     """Return the rows of a JSON list, of lines, or of an object that holds them, as columns or as splits."""
-    values = [value for _, value in json_values(text)]
-    if len(values) == 1 and isinstance(values[0], dict):
+    values = list(json_values(text))
+    if len(values) == 1 and isinstance(values[0], dict) and not lines:
         return rows_within(values[0])
     rows = values[0] if len(values) == 1 and isinstance(values[0], list) else values
     return {"train": checked(rows)}
 
 
-def json_values(text: str) -> Iterator[tuple[int, Any]]:
-    """Yield (line, value) of every value: one a line, or written over several lines."""
+def json_values(text: str) -> Iterator[Any]:
+    """Yield every value: one a line, or each written over several lines."""
     lines = text.split("\n")
-    decoder = json.JSONDecoder()
     try:
         json.loads(next((line for line in lines if line.strip()), ""))
-        by_line = True
     except ValueError:  # the first value goes on in the next line
-        by_line = False
-    if by_line:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"line {number}: {error.msg} at character {error.colno}") from None
-                except ValueError as error:
-                    raise ValueError(f"line {number}: {error}") from None
-        return
-    at = 0
-    while at < len(text):
-        if (at := re.compile(r"\s*").match(text, at).end()) < len(text):
-            number = text.count("\n", 0, at) + 1
+        decoder, at = json.JSONDecoder(), 0
+        while (at := re.compile(r"\s*").match(text, at).end()) < len(text):
             value, at = decoder.raw_decode(text, at)
-            yield number, value
+            yield value
+        return
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield parsed_line(line, number)
+
+
+def parsed_line(line: str, number: int) -> Any:
+    """Return the value that a line holds."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number}: {error.msg} at character {error.colno}") from None
+    except ValueError as error:  # a number of too many digits
+        raise ValueError(f"line {number}: {error}") from None
 
 
 def is_messages(value: Any) -> bool:
@@ -350,10 +386,10 @@ def paragraphs(text: str) -> dict[str, list[dict]]:
 # ending → its reader; `datasets` opens those without one, which lie on the disk as they lie in memory
 READERS: dict[str, Callable[[str], dict[str, list[dict]]] | None] = {
     ".json": json_rows,
-    ".jsonl": json_rows,
-    ".ndjson": json_rows,
+    ".jsonl": partial(json_rows, lines=True),
+    ".ndjson": partial(json_rows, lines=True),
     ".csv": csv_rows,
-    ".tsv": lambda text: csv_rows(text, tabs=True),
+    ".tsv": partial(csv_rows, tabs=True),
     ".txt": paragraphs,
     ".text": paragraphs,
     ".parquet": None,

@@ -22,7 +22,6 @@ from text_data import (
     packs_are_isolated,
     plain_template,
     prompts,
-    read,
     render,
     split,
     to_messages,
@@ -61,17 +60,6 @@ def written(path, rows):
             table.writeheader()
             table.writerows(rows)
     return str(path)
-
-
-@pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "tsv", "parquet"])
-def test_the_same_rows_come_out_of_every_file_format(tmp_path, ending):
-    rows = [{"text": f"row {i}", "label": i} for i in range(5)]
-    assert list(read(written(tmp_path / f"rows.{ending}", rows))["train"]) == rows
-
-
-def test_a_text_file_is_read_by_paragraphs(tmp_path):
-    (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
-    assert read(str(tmp_path / "a.txt"))["train"]["text"][:] == ["one\ntwo", "three\n"]
 
 
 def test_a_folder_gives_its_files_as_splits(tmp_path):
@@ -153,16 +141,18 @@ def test_every_answer_of_a_conversation_bears_loss_and_no_question_does(tokenize
     assert tokenizer.decode(example["input_ids"]) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-def test_a_template_that_rewrites_earlier_turns_trains_the_last_answer(tokenizer):
+def test_a_template_that_rewrites_earlier_turns_learns_each_in_an_example_of_its_own(tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'assistant' and not loop.last %}[forgotten]"
         "{% else %}<{{ m['role'] }}>{{ m['content'] }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-    pieces = render([{"role": r, "content": c} for r, c in turns], tokenizer)
-    assert pieces[-1] == ("d", True)
-    assert "".join(text for text, _ in pieces) == "<user>a[forgotten]<user>c<assistant>d"
+    notes = Notes()
+    first, second = render([{"role": r, "content": c} for r, c in turns], tokenizer, notes=notes)
+    assert first == [("<user>a<assistant>", False), ("b", True)]
+    assert second == [("<user>a[forgotten]<user>c<assistant>", False), ("d", True)]
+    assert notes.lines() == ["answers that the chat template changes later on, learnt in examples of their own: 1"]
 
 
 def test_sharegpt_names_are_understood():
@@ -230,25 +220,6 @@ def test_test_rows_that_are_all_training_rows_are_refused(tmp_path):
     path = written(tmp_path / "rows.json", [{"text": "a"}, {"text": "a"}])
     with pytest.raises(ValueError, match="every test row is also a training row"):
         split(path, path, config=None, eval_fraction=0.1, seed=0, notes=Notes())
-
-
-@pytest.mark.parametrize(
-    ("content", "name", "sentence"),
-    [
-        ("", "a.json", "data set '.*a.json' is empty"),
-        ("[]", "a.json", "a.json"),
-        ("{{", "a.json", "can't be read as json"),
-        ("a", "a.docx", "must end in one of .json"),
-        (None, "a.json", "does not exist"),
-        ('[{"text": "a"}]', "a.json", "must have 2 rows or more"),
-    ],
-)
-def test_bad_files_are_refused_with_a_sentence(tmp_path, offline, content, name, sentence):
-    path = tmp_path / name
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(ValueError, match=sentence):
-        split(str(path), None, config=None, eval_fraction=0.1, seed=0, notes=Notes())
 
 
 def test_class_names_become_numbers_in_order(tokenizer):
