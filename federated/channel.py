@@ -145,13 +145,28 @@ class Channel:
             symbols: T.
 
         Returns:
-            (B,) float64, `inf` without noise.
+            (B,) float64; without noise `inf`, and 0 of a channel that carries nothing.
         """
+        strength = gains.abs().double().square()
         if self.noise_variance == 0:
-            return torch.full((len(gains),), math.inf, dtype=torch.float64)
-        snr = gains.abs().double().square() * (self.power / (self.subchannels * self.noise_variance))
-        bits = torch.log2(1 + snr).sum(-1)[:, 0]
-        return bits[:, 0] * symbols if bits.shape[1] == 1 else bits[:, :symbols].sum(1)
+            return torch.where(strength.sum((1, 2, 3)) > 0, math.inf, 0.0)
+        return _in_a_round(torch.log2(1 + strength * (self.power / (self.subchannels * self.noise_variance))), symbols)
+
+    def quality(self, gains: Tensor, symbols: int) -> Tensor:
+        """Say how good channels are, to compare devices by: their capacity, and without noise its limit. (ours)
+
+        All capacities grow alike as the noise fades: what is left between two devices is Σ_t Σ_f log2|h|².
+
+        Args:
+            gains: (B, 1, 1 or T, F).
+            symbols: T.
+
+        Returns:
+            (B,) float64, −inf of a channel that carries nothing.
+        """
+        if self.noise_variance > 0:
+            return self.capacity(gains, symbols)
+        return _in_a_round(2 * torch.log2(gains.abs().double()), symbols)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +187,12 @@ class MultipleAccess(Channel):
             raise ValueError(f"antennas must be at least 1, got {self.antennas}")
         if not 0 <= self.csi_error_variance < math.inf:
             raise ValueError(f"csi_error_variance must not be negative, got {self.csi_error_variance}")
+
+
+def _in_a_round(bits: Tensor, symbols: int) -> Tensor:
+    """Sum (B, 1, 1 or T, F) over subchannels and the T symbols of a round: (B,)."""
+    bits = bits.sum(-1)[:, 0]
+    return bits[:, 0] * symbols if bits.shape[1] == 1 else bits[:, :symbols].sum(1)
 
 
 def pack(x: Tensor, subchannels: int) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -164,7 +164,7 @@ class _Broadcast(Reception):
         x = pack(theta[None], channel.subchannels)
         norm_squared = float(energy(x))
         self.alpha = math.sqrt(symbols * channel.power / norm_squared) if norm_squared else 0.0
-        self.sent = self.alpha * x
+        self.sent = (self.alpha * x.to(torch.complex128)).to(torch.complex64)  # α of a tiny θ is beyond fp32
         self.symbol_energy = symbols * channel.power / math.ceil(self.size / 2)
         power = channel.power if norm_squared else 0.0
         super().__init__(devices, Traffic(None, symbols * channel.subchannels, power))
@@ -184,8 +184,9 @@ class _Broadcast(Reception):
 class SelectionDownlink(Downlink):
     """The J devices with the best channels each get a quantized difference to their own last estimate. [SELECT]
 
-    Ours: the best are those of highest rate Σ_f log2(1 + P|h_{m,f}|²/(Fσ²)); each gets T/J of the OFDM symbols (whole
-    ones, the first get what is left over); a link too thin for one entry serves nobody. Who is not selected keeps θ̂_m.
+    Ours: the best are those of highest rate Σ_f log2(1 + P|h_{m,f}|²/(Fσ²)), or of its limit without noise, and chance
+    decides among equals; each gets T/J of the OFDM symbols (whole ones, the first get what is left over); a link too
+    thin for one entry serves nobody. Who is not selected keeps θ̂_m.
 
     Args:
         channel: with a budget of `ofdm_symbols`.
@@ -209,12 +210,14 @@ class SelectionDownlink(Downlink):
     def send(self, theta: Tensor, candidates: Tensor, num_devices: int, memory: Memory, draws: Draws) -> Reception:
         """Select, and move the selected devices' θ̂_m; see `Downlink.send`."""
         assert memory is not None
-        rates = capacities(self.channel, candidates.tolist(), self.symbols, draws)
-        best = rates.argsort(descending=True, stable=True)[: self.participants].sort().values
-        shares = share(self.symbols, len(best))
+        quality = over_devices(self.channel.quality, self.channel, candidates.tolist(), self.symbols, draws)
+        equals = torch.randperm(len(candidates), generator=draws.generator("equals"))
+        best = equals[quality[equals].argsort(descending=True, stable=True)][: self.participants].sort().values
+        chosen, shares = candidates[best].tolist(), share(self.symbols, len(best))
+        rates = capacities(self.channel, chosen, self.symbols, draws).tolist()
         messages: dict[int, Quantized] = {}
-        for device, rate, symbols in zip(candidates[best].tolist(), rates[best].tolist(), shares, strict=True):
-            message = self.message(theta, memory[device], rate * symbols / self.symbols, draws, device)
+        for device, bits in zip(chosen, budgets(rates, shares, self.symbols), strict=True):
+            message = self.message(theta, memory[device], bits, draws, device)
             if message is not None:
                 memory[device] += message.dense()
                 messages[device] = message
@@ -225,7 +228,7 @@ class SelectionDownlink(Downlink):
 
     def message(self, theta: Tensor, held: Tensor, bits: float, draws: Draws, device: int) -> Quantized | None:
         """Quantize θ − θ̂_m into what one device's share carries."""
-        return quantize_within(theta - held, whole(bits), draws.generator("rounding", device))
+        return quantize_within(theta - held, bits, draws.generator("rounding", device))
 
 
 class _Remembered(Reception):
@@ -248,23 +251,33 @@ def mmse(heard: Tensor, gains: Tensor, symbol_energy: float, noise_variance: flo
         symbol_energy: E_x = E|x|².
         noise_variance: σ².
     """
-    return gains.conj() * (symbol_energy / (gains.abs().square() * symbol_energy + noise_variance)) * heard
+    strength = gains.abs().square() + noise_variance / symbol_energy
+    # where neither a channel nor noise is, nothing is heard, and 0 is what the limit gives
+    return torch.where(strength > 0, gains.conj() * heard / strength, 0)
 
 
 def capacities(channel: Channel, devices: Sequence[int], symbols: int, draws: Draws) -> Tensor:
-    """Count the bits that the whole round would carry to each device (B,), a few devices at a time."""
+    """Count the bits that the whole round would carry to each device (B,)."""
+    return over_devices(channel.capacity, channel, devices, symbols, draws)
+
+
+def over_devices(
+    measure: Callable[[Tensor, int], Tensor], channel: Channel, devices: Sequence[int], symbols: int, draws: Draws
+) -> Tensor:
+    """Apply a measure of gains in a round to the gains of some devices (B,), a few of them at a time."""
     step = max(1, (1 << 20) // (symbols * channel.subchannels))
-    return torch.cat(
-        [
-            channel.capacity(channel.gains(devices[start : start + step], symbols, draws), symbols)
-            for start in range(0, len(devices), step)
-        ]
-    )
+    parts = [devices[start : start + step] for start in range(0, len(devices), step)]
+    return torch.cat([measure(channel.gains(part, symbols, draws), symbols) for part in parts])
 
 
 def share(symbols: int, participants: int) -> list[int]:
     """Share T OFDM symbols among J devices, the first get what is left over."""
     return [symbols // participants + (j < symbols % participants) for j in range(participants)]
+
+
+def budgets(rates: Sequence[float], shares: Sequence[int], symbols: int) -> list[float]:
+    """Count the whole bits that devices' shares of T symbols carry, of what the whole round would; `inf` stays."""
+    return [whole(rate * own / symbols) if own else 0.0 for rate, own in zip(rates, shares, strict=True)]
 
 
 def whole(bits: float) -> float:

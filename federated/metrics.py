@@ -18,9 +18,9 @@ class Row:
 
     Args:
         round: its number, from 1.
-        participants: devices whose updates were sent.
+        participants: devices whose updates were sent, and sound.
         late: devices that missed the round.
-        dropped: devices whose update was not finite, and was left out.
+        dropped: devices whose update or loss was not finite, or too large to be added up, and was left out.
         silent_down: devices that could not be served.
         silent_up: devices that could not send.
         skipped: why θ stayed as it was, or nothing.
@@ -72,16 +72,15 @@ class Tally:
         self.row.power_down, self.row.silent_down = traffic.power, traffic.silent
 
     def devices(
-        self, theta_hat: Tensor, update: Tensor, loss: Tensor, samples: Tensor, finite: Tensor, missed: Tensor
+        self, theta_hat: Tensor, update: Tensor, loss: Tensor, samples: Tensor, sent: Tensor, missed: Tensor
     ) -> None:
-        """Note what some devices (B,) received and made of it."""
+        """Note what some devices (B,) received and made of it, whose updates were sent, and who was late."""
         shared = theta_hat.stride(0) == 0  # one row, seen by all
         error = (theta_hat[:1] if shared else theta_hat) - self.theta
         self.error_down += float(error.square().sum(1).double().sum()) * (len(theta_hat) if shared else 1)
         self.served += len(theta_hat)
         self.row.late += int(missed.sum())
-        self.row.dropped += int((~finite & ~missed).sum())
-        sent = finite & ~missed
+        self.row.dropped += int((~sent & ~missed).sum())
         self.row.participants += int(sent.sum())
         self.sum += samples @ update if bool(sent.all()) else samples[sent] @ update[sent]
         self.weight += float(samples[sent].double().sum())
@@ -102,7 +101,8 @@ class Tally:
     def unheard(self) -> Row:
         """Note that θ stays as it was since no update was heard, and what became of them."""
         row = self.row
-        fates = {"late": row.late, "not finite": row.dropped, "silent": row.silent_up}
+        fates = {"late": row.late, "not finite or too large": row.dropped, "silent": row.silent_up}
+        fates["lost in noise beyond fp32"] = self.served - sum(fates.values())
         known = ", ".join(f"{count} {fate}" for fate, count in fates.items() if count)
         return self.skipped(f"no update reached the server: of {self.served} devices {known}")
 

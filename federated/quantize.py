@@ -91,7 +91,10 @@ def quantize(x: Tensor, levels: int, generator: torch.Generator) -> Tensor:
     low, high = magnitude.min(), magnitude.max()
     if low == high:
         return x.clone()
-    u = (magnitude - low) * (levels / (high - low))
+    scale = levels / (high - low)
+    if not scale.isfinite():  # equal but for numbers so small that fp32 can't divide by them
+        return x.clone()
+    u = (magnitude - low) * scale
     floor = u.floor()
     level = floor + (torch.rand(x.shape, generator=generator) < u - floor)
     return x.sign() * (low + (high - low) * level.clamp_(max=levels) / levels)

@@ -72,13 +72,14 @@ def play(world: World, number: int) -> Row:
         theta_hat = down.receive(devices)  # θ̂_m
         batches = world.training.batches(world.data, world.parts, devices.tolist(), draws)
         update, loss = world.training.updates(theta_hat, batches)  # Δ_m = θ_m^(τ) − θ̂_m
-        finite, missed = update.isfinite().all(1), late(devices, world.late, draws)
-        tally.devices(theta_hat, update, loss, world.samples[devices], finite, missed)
-        up.send(devices, update, world.samples[devices], finite & ~missed)
+        missed, samples = late(devices, world.late, draws), world.samples[devices]
+        sent = up.send(devices, update, samples, loss.isfinite() & ~missed)
+        tally.devices(theta_hat, update, loss, samples, sent, missed)
 
     estimate = up.receive()  # ≈ Σ_m (B_m/B)·Δ_m
     tally.uplink(up.traffic, estimate)
     if estimate is None:
         return tally.unheard()
-    world.server.step(estimate)  # θ ← θ + Σ_m (B_m/B)·Δ_m
+    if not world.server.step(estimate):  # θ ← θ + Σ_m (B_m/B)·Δ_m
+        return tally.skipped("the step would take θ beyond what fp32 can square")
     return tally.row

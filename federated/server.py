@@ -1,13 +1,33 @@
-"""What the server does with the mean of the updates, whom it asks, and who comes too late."""
+"""What the server believes, what it does with the mean of the updates, whom it asks, and who comes too late."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from federated.draws import Draws
+
+MOST = 1e18  # of an entry of θ, or of an update times its weight: squares and sums over devices stay within fp32
+
+
+def sound(update: Tensor, weight: Tensor) -> Tensor:
+    """Find the updates that can be added up: all entries finite, and none above `MOST` when weighted.
+
+    A single one that is not would turn the sum, and with it θ, into infinity or NaN for good.
+
+    Args:
+        update: (B, p) fp32.
+        weight: B_m (B,).
+
+    Returns:
+        (B,) bool.
+    """
+    weight, largest = weight.double(), torch.linalg.vector_norm(update, math.inf, dim=1).double()
+    return (weight > 0) & (weight <= MOST) & (largest * weight <= MOST)  # NaN fails every comparison
 
 
 class Server:
@@ -16,12 +36,12 @@ class Server:
     v ← βv + Δ̂, θ ← θ + lr·v; FedAvg is β = 0, lr = 1.
 
     Args:
-        theta: θ (d,) fp32, owned by the server from here on.
+        theta: θ (d,) fp32, finite, owned by the server from here on.
         lr: of the server's step.
         momentum: β, in [0, 1).
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value out of range, or θ of another form.
     """
 
     def __init__(self, theta: Tensor, *, lr: float = 1.0, momentum: float = 0.0) -> None:
@@ -29,23 +49,53 @@ class Server:
             raise ValueError(f"lr must be positive and finite, got {lr}")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+        if theta.ndim != 1 or theta.dtype != torch.float32 or not theta.isfinite().all():
+            raise ValueError(f"theta must be finite numbers (d,) in float32, got {theta.dtype} {tuple(theta.shape)}")
         self.theta, self.lr, self.momentum = theta, lr, momentum
         self.velocity: Tensor | None = None
 
-    def step(self, update: Tensor) -> None:
-        """Move θ by the estimate (d,) of the mean update."""
-        if self.momentum:
-            self.velocity = update if self.velocity is None else self.momentum * self.velocity + update
-            update = self.velocity
-        self.theta = self.theta + self.lr * update
+    def step(self, update: Tensor) -> bool:
+        """Move θ by the estimate (d,) of the mean update, if no entry of θ gets above `MOST` by it.
+
+        Returns:
+            Whether it has moved; where it has not, the velocity has not changed either.
+        """
+        velocity = update if self.velocity is None else self.momentum * self.velocity + update
+        theta = self.theta + self.lr * velocity
+        if not float(theta.abs().max()) <= MOST:
+            return False
+        self.theta, self.velocity = theta, velocity if self.momentum else None
+        return True
 
     def state(self) -> dict[str, Tensor]:
         """Give θ and what the server remembers."""
         return {"theta": self.theta} | ({} if self.velocity is None else {"velocity": self.velocity})
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` gave."""
+        """Take back what `state` gave.
+
+        Raises:
+            ValueError: it is of another size or type.
+        """
+        check_state(state, {"theta": self.theta.shape, **({"velocity": self.theta.shape} if self.momentum else {})})
         self.theta, self.velocity = state["theta"], state.get("velocity")
+
+
+def check_state(state: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Check what was remembered: tensors by name, finite, in fp32, of these shapes; any of them may be missing.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    if not isinstance(state, Mapping) or not state.keys() <= shapes.keys():
+        raise ValueError(f"a state must hold {', '.join(shapes) or 'nothing'}, got {', '.join(map(str, state))}")
+    for name, tensor in state.items():
+        shape = tuple(shapes[name])
+        if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.dtype != torch.float32:
+            got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name} must be torch.float32 {shape}, got {got}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 
 def sample(num_devices: int, wanted: int | None, draws: Draws) -> Tensor:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -27,7 +28,7 @@ from federated.downlink import Downlink, IdealDownlink, Memory
 from federated.draws import Draws
 from federated.metrics import Row, evaluate
 from federated.round import World, play
-from federated.server import Server
+from federated.server import Server, check_state
 from federated.uplink import IdealUplink, Uplink
 from sgc.codec import Codec
 
@@ -102,6 +103,7 @@ class Simulation:
         self.output_dir = None if output_dir is None else Path(output_dir)
         self._mapped: dict[str, Path] = {}
         self.number, self.skipped_in_a_row, self.ended = 0, 0, ""
+        self._whole = True  # no round was left in the middle, with what is remembered half moved
         flat = training.flat
         downlink, uplink = downlink or IdealDownlink(), uplink or IdealUplink()
         theta = flat.read(training.model)
@@ -139,9 +141,10 @@ class Simulation:
 
         A row has the fields of `federated.metrics.Row`, "seconds" of the round, and after an evaluation "loss" and
         "accuracy" on the test data. After `most_skipped` rounds in a row without an update the run ends, and `ended`
-        says why.
+        says why. A run that is over stays over: it yields nothing.
         """
-        self.ended = ""
+        if self.skipped_in_a_row < self.most_skipped:  # it may have been raised since
+            self.ended = ""
         with tqdm(total=rounds, initial=self.number, desc="rounds", disable=not progress) as bar:
             while self.number < rounds and not self.ended:
                 row = self.step(last=self.number + 1 == rounds)
@@ -154,21 +157,29 @@ class Simulation:
     def step(self, *, last: bool = False) -> dict[str, Any]:
         """Play one round, evaluate and save where it is time, and give its row."""
         start = time.perf_counter()
-        self.number += 1
-        row = play(self.world, self.number)
-        self._count_skipped(row)
-        content = dataclasses.asdict(row) | {"seconds": time.perf_counter() - start}
-        if self.test is not None and (last or self.ended or self.number % self.evaluate_every == 0):
-            content |= evaluate(self.model(), self.test)
         if self.output_dir is not None:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            if self.number == 1:
+            if not self.number:
                 self._clear(self.output_dir)
-            with open(self.output_dir / "rows.jsonl", "a") as file:
-                file.write(line_of(content))
-            if self.checkpoint_every and self.number % self.checkpoint_every == 0:
-                self.save()
+        self._whole = False
+        row = play(self.world, self.number + 1)
+        self.number, self._whole = self.number + 1, True
+        self._count_skipped(row)
+        content = dataclasses.asdict(row) | {"seconds": time.perf_counter() - start}
+        try:
+            if self.test is not None and (last or self.ended or self.number % self.evaluate_every == 0):
+                content |= evaluate(self.model(), self.test)
+        finally:  # the round has been played, whatever becomes of its evaluation
+            if self.output_dir is not None:
+                with open(self.output_dir / "rows.jsonl", "a") as file:
+                    file.write(line_of(content))
+        if self.output_dir is not None and self.checkpoint_every and self.number % self.checkpoint_every == 0:
+            self.save()
         return content
+
+    def evaluate(self) -> dict[str, float]:
+        """Measure "loss" and "accuracy" of the present θ on the test data, nothing without those."""
+        return {} if self.test is None else evaluate(self.model(), self.test)
 
     def _clear(self, folder: Path) -> None:
         """Take away what another run has left: its rows and checkpoints are not this one's."""
@@ -188,9 +199,14 @@ class Simulation:
 
         Returns:
             The checkpoint's folder, `checkpoint-N` in `output_dir`.
+
+        Raises:
+            RuntimeError: there is no output_dir, or a round was left in the middle: what is remembered is of no round.
         """
         if self.output_dir is None:
             raise RuntimeError("a checkpoint needs an output_dir, got None")
+        if not self._whole:
+            raise RuntimeError(f"a checkpoint needs a whole round, round {self.number + 1} was interrupted")
         target = self.output_dir / f"checkpoint-{self.number:08d}"
         if target.exists():
             return target
@@ -201,6 +217,7 @@ class Simulation:
             {
                 "round": self.number,
                 "skipped_in_a_row": self.skipped_in_a_row,
+                "ended": self.ended,
                 "describes": self._describe(),
                 "server": self.world.server.state(),
                 "uplink": self.world.uplink.state(),
@@ -231,32 +248,48 @@ class Simulation:
             The number of the round it was made after; 0 where there is none.
 
         Raises:
-            ValueError: the checkpoint is of another run: model size, devices and their rows, local training, links,
-                server or seed differ.
+            ValueError: the checkpoint can't be read, or it is of another run: model size, devices and their rows, local
+                training, links, server or seed differ.
         """
         if self.output_dir is None:
             raise RuntimeError("to resume needs an output_dir, got None")
         found = _checkpoints(self.output_dir)
-        state: dict[str, Any] = {"round": 0}
         if found:
-            state = torch.load(found[-1] / "state.pt", weights_only=True)
-            differing = [k for k, v in self._describe().items() if state["describes"].get(k) != v]
-            if differing:
-                name = differing[0]
-                raise ValueError(
-                    f"the checkpoint {found[-1]} is of another run: {name} was {state['describes'].get(name)}, "
-                    f"now {self._describe()[name]}"
-                )
-            self.skipped_in_a_row = state["skipped_in_a_row"]
-            self.world.server.load_state(state["server"])
-            self.world.uplink.load_state(state["uplink"])
-            for name, memory in self._memories().items():
-                if memory is not None:
-                    path = found[-1] / f"{name}.bin"
-                    memory.copy_(_map(path, memory.shape, write=False) if path.exists() else state["memories"][name])
-        self.number = int(state["round"])
+            self._take_back(found[-1])
+        else:
+            self.number = 0
         _keep_rows(self.output_dir / "rows.jsonl", self.number)
         return self.number
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the folder of the last whole checkpoint; None: there is none."""
+        return None if self.output_dir is None else next(reversed(_checkpoints(self.output_dir)), None)
+
+    def _take_back(self, checkpoint: Path) -> None:
+        state = _read_state(checkpoint)
+        for name, now in self._describe().items():
+            if state["describes"].get(name) != now:
+                was = state["describes"].get(name)
+                raise ValueError(f"the checkpoint '{checkpoint}' is of another run: {name} was {was}, now {now}")
+        memories = {name: memory for name, memory in self._memories().items() if memory is not None}
+        try:
+            held = dict(state["memories"])
+            for name, memory in memories.items():
+                path, size = checkpoint / f"{name}.bin", 4 * memory.numel()
+                if path.is_file():
+                    if path.stat().st_size != size:
+                        raise ValueError(f"{path.name} must have {size} bytes, got {path.stat().st_size}")
+                    held[name] = _map(path, memory.shape, write=False)
+            if missing := [*(memories.keys() - held.keys()), *({"theta"} - state["server"].keys())]:
+                raise ValueError(f"it lacks {missing[0]}")
+            check_state(held, {name: memory.shape for name, memory in memories.items()})
+            self.world.server.load_state(state["server"])
+            self.world.uplink.load_state(state["uplink"], self.world.training.flat.size)
+        except ValueError as error:
+            raise ValueError(f"the checkpoint '{checkpoint}' is damaged: {error}") from None
+        for name, memory in memories.items():
+            memory.copy_(held[name])
+        self.number, self.skipped_in_a_row, self.ended = state["round"], state["skipped_in_a_row"], state["ended"]
 
     def _describe(self) -> dict[str, Any]:
         """Name all that decides what the next round does."""
@@ -354,18 +387,60 @@ def _map(path: Path, shape: torch.Size, *, write: bool) -> Tensor:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoints that are ours: other programs name theirs alike."""
-    return sorted(path for path in folder.glob("checkpoint-????????") if (path / "state.pt").is_file())
+    """List the checkpoints that are ours, the first round first: other programs name theirs alike."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{8,}", path.name)]
+    return sorted((path for path in found if (path / "state.pt").is_file()), key=lambda path: int(path.name[11:]))
+
+
+_PARTS = {"round": int, "skipped_in_a_row": int, "ended": str, "describes": dict, "server": dict, "uplink": dict,
+          "memories": dict}  # fmt: skip
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    """Read what `Simulation.save` wrote, every part of its type.
+
+    Raises:
+        ValueError: it can't be read, or something else than that was written; the sentence names the checkpoint.
+    """
+    try:
+        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its readers of zip files and pickles raise
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the checkpoint '{checkpoint}' can't be read: state.pt: {why}") from None
+    parts = state if isinstance(state, dict) else {}
+    odd = [name for name, kind in _PARTS.items() if type(parts.get(name)) is not kind]
+    odd += [] if odd or parts["round"] == int(checkpoint.name[11:]) else ["round"]
+    if odd:
+        raise ValueError(f"the checkpoint '{checkpoint}' is damaged: state.pt has no {odd[0]} as it must be")
+    return parts
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Read a file of rows, a JSON object with its round in each line; a last line that was cut off is left out.
+
+    Raises:
+        ValueError: a line is anything else; the sentence names the file and the line.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or type(row.get("round")) is not int:
+            raise ValueError(f"every line of '{path}' must be a row with its round, line {number} is none")
+        rows.append(row)
+    return rows
 
 
 def _keep_rows(path: Path, number: int) -> None:
     """Rewrite a file of rows without those after a round, and without a line that was cut off."""
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["round"] <= number]
     fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(kept))
+    fresh.write_text("".join(line_of(row) for row in rows_of(path) if row["round"] <= number))
     os.replace(fresh, path)
 
 

@@ -13,6 +13,8 @@
 
 What the devices send is added up as it comes, a few devices at a time, so a round needs memory for those and not for
 all. Signals add up unscaled and noise joins at the end divided by α: the same numbers, since the channel is linear.
+
+The server trusts nothing that it adds up: `Superposition.hear` checks it, for the simulator and for Flower.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ import torch
 from torch import Tensor
 
 from federated.channel import Channel, MultipleAccess, energy, pack, unpack
-from federated.downlink import Memory, Traffic, share, whole
+from federated.downlink import Memory, Traffic, budgets, capacities, share
 from federated.draws import Draws
 from federated.quantize import message_bits, quantize, quantize_within
+from federated.server import check_state, sound
 from sgc.codec import Codec
 from sgc.codec.layout import make_layout
 from sgc.codec.project import Projection, check_projection
@@ -67,33 +70,55 @@ class Superposition(abc.ABC):
         self.weight, self.senders = 0.0, 0
         self.traffic = Traffic()
 
-    def send(self, devices: Tensor, update: Tensor, weight: Tensor, on_time: Tensor | None = None) -> None:
-        """Let some devices encode and send their updates.
+    def send(self, devices: Tensor, update: Tensor, weight: Tensor, on_time: Tensor | None = None) -> Tensor:
+        """Let some devices encode and send their updates, those that are `server.sound`.
 
         Args:
             devices: (B,) int64, each with its share of the link.
-            update: Δ (B, d) fp32, finite where it is sent.
+            update: Δ (B, d) fp32.
             weight: B_m (B,), any positive scale.
             on_time: (B,) bool, those that send; None: all. The others' shares stay unused.
+
+        Returns:
+            (B,) bool, whose updates were sent and could be added up.
         """
-        budget = self.budget(devices)
-        if on_time is not None and not on_time.all():
-            budget = [bits for bits, sends in zip(budget, on_time.tolist(), strict=True) if sends]
-            devices, update, weight = devices[on_time], update[on_time], weight[on_time]
+        budget, sent = self.budget(devices), sound(update, weight)
+        if on_time is not None:
+            sent &= on_time
+        if not sent.all():
+            budget = [bits for bits, sends in zip(budget, sent.tolist(), strict=True) if sends]
+            devices, update, weight = devices[sent], update[sent], weight[sent]
         if not len(devices):
-            return
+            return sent
         held = None if self.memory is None else self.memory[devices]
         encoded = self.uplink.encode(devices, update, held, budget, self.draws)
         if self.memory is not None and encoded.held is not None:
             self.memory[devices] = encoded.held
-        self.hear(devices, encoded, weight)
+        return sent.masked_scatter(sent, self.hear(devices, encoded, weight))
 
-    def hear(self, devices: Tensor, encoded: Encoded, weight: Tensor) -> None:
-        """Take in what some devices send."""
-        able = encoded.able
+    def hear(self, devices: Tensor, encoded: Encoded, weight: Tensor) -> Tensor:
+        """Take in what some devices send, and leave out what can't be added up.
+
+        Args:
+            devices: (B,) int64.
+            encoded: what they made of their updates.
+            weight: B_m (B,).
+
+        Returns:
+            (B,) bool, whose payloads are `server.sound`.
+
+        Raises:
+            ValueError: payloads of another size or type than the link carries.
+        """
+        payload = encoded.payload
+        if payload.shape != (len(devices), self.size) or payload.dtype != torch.float32:
+            got = f"{payload.dtype} {tuple(payload.shape)}"
+            raise ValueError(f"payloads must be torch.float32 {(len(devices), self.size)}, got {got}")
+        heard = sound(payload, weight)
+        able = encoded.able & heard
         if encoded.bits is not None:
             self.traffic.bits = (self.traffic.bits or 0) + encoded.bits
-        self.traffic.silent += int((~able).sum())
+        self.traffic.silent += int((~encoded.able & heard).sum())
         if able.any():
             self.weight += float(weight[able].double().sum())
             self.senders += int(able.sum())
@@ -101,6 +126,7 @@ class Superposition(abc.ABC):
                 self.add(devices, encoded.payload, weight)
             else:
                 self.add(devices[able], encoded.payload[able], weight[able])
+        return heard
 
     def budget(self, devices: Tensor) -> list[float]:
         """Give the bits that each device's link holds."""
@@ -110,9 +136,14 @@ class Superposition(abc.ABC):
     def add(self, devices: Tensor, payload: Tensor, weight: Tensor) -> None:
         """Add some devices' payloads (B, p) to what is received."""
 
-    @abc.abstractmethod
     def receive(self) -> Tensor | None:
-        """Estimate the weighted mean of what was sent, or None where nobody was heard."""
+        """Estimate the weighted mean of what was sent; None where nobody was heard, or noise is beyond fp32."""
+        estimate = self.estimate()
+        return estimate if estimate is not None and bool(estimate.isfinite().all()) else None
+
+    @abc.abstractmethod
+    def estimate(self) -> Tensor | None:
+        """Do the work of `receive`, finite or not."""
 
 
 class Uplink(abc.ABC):
@@ -126,14 +157,13 @@ class Uplink(abc.ABC):
         """Give what the server remembers of this link between rounds."""
         return {}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` gave.
+    def load_state(self, state: dict[str, Tensor], size: int) -> None:
+        """Take back what `state` gave, for d = size.
 
         Raises:
             ValueError: something this link does not remember.
         """
-        if state:
-            raise ValueError(f"{type(self).__name__} remembers nothing, got {', '.join(state)}")
+        check_state(state, {})
 
     def encode(
         self, devices: Tensor, update: Tensor, held: Tensor | None, budget: list[float], draws: Draws
@@ -179,7 +209,7 @@ class _Sum(Superposition):
     def add(self, devices: Tensor, payload: Tensor, weight: Tensor) -> None:
         self.sum += weight.float() @ payload
 
-    def receive(self) -> Tensor | None:
+    def estimate(self) -> Tensor | None:
         return self.sum / self.weight if self.weight else None
 
 
@@ -252,10 +282,10 @@ class _Digital(_Sum):
         if channel is None:
             return super().budget(devices)
         symbols = channel.ofdm_symbols or 0
-        rates = channel.capacity(channel.gains(devices.tolist(), symbols, self.draws), symbols).tolist()
+        rates = capacities(channel, devices.tolist(), symbols, self.draws).tolist()
         shares = self.shares[self.asked : self.asked + len(devices)]
         self.asked += len(devices)
-        return [whole(rate * of / symbols) if of else 0 for rate, of in zip(rates, shares, strict=True)]
+        return budgets(rates, shares, symbols)
 
 
 class AnalogUplink(Uplink):
@@ -332,7 +362,7 @@ class _Inversion(_OverTheAir):
         self.heard += torch.where(strong, x, 0).sum(0)  # h·(x/h)
         self.active += strong.sum(0)
 
-    def receive(self) -> Tensor | None:
+    def estimate(self) -> Tensor | None:
         if not self.active_devices:
             return None
         heard = self.heard + self.noise_over_alpha(self.heard.shape)
@@ -385,7 +415,7 @@ class _Blind(_OverTheAir):
             else:
                 self.heard += torch.einsum("batf,btf->atf", gains, x[part])
 
-    def receive(self) -> Tensor | None:
+    def estimate(self) -> Tensor | None:
         if not self.senders:
             return None
         heard = self.heard + self.noise_over_alpha(self.heard.shape)
@@ -467,8 +497,9 @@ class SketchedUplink(Uplink):
         """Give the residual E (c, k)."""
         return {} if self.residual is None else {"residual": self.residual}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back E."""
+    def load_state(self, state: dict[str, Tensor], size: int) -> None:
+        """Take back E; raises ValueError for one of another size or type."""
+        check_state(state, {"residual": self.sketch_shape(size)})
         self.residual = state.get("residual")
 
     def sketch(self, x: Tensor, sparsity: int) -> tuple[Tensor, Tensor]:
@@ -525,13 +556,13 @@ class _Sketched(Superposition):
         self.shape = uplink.sketch_shape(size)
         self.inner = uplink.over.open(math.prod(self.shape), participants, None, draws)
 
-    def hear(self, devices: Tensor, encoded: Encoded, weight: Tensor) -> None:
-        self.inner.hear(devices, encoded, weight)
+    def hear(self, devices: Tensor, encoded: Encoded, weight: Tensor) -> Tensor:
+        return self.inner.hear(devices, encoded, weight)
 
     def add(self, devices: Tensor, payload: Tensor, weight: Tensor) -> None:
         self.inner.add(devices, payload, weight)
 
-    def receive(self) -> Tensor | None:
+    def estimate(self) -> Tensor | None:
         sketch = self.inner.receive()
         self.traffic = self.inner.traffic
         return None if sketch is None else self.uplink.decode(sketch.view(self.shape), self.size)

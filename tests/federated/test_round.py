@@ -129,7 +129,7 @@ def test_all_devices_failing_is_a_skipped_round():
     assert (row.dropped, row.participants, row.skipped) == (
         M,
         0,
-        "no update reached the server: of 5 devices 5 not finite",
+        "no update reached the server: of 5 devices 5 not finite or too large",
     )
     assert torch.equal(here.server.theta, theta)
 

@@ -298,7 +298,7 @@ def test_the_residual_holds_what_was_received_and_not_recovered():
         recovered += plain.sketch(estimate[None], 20)[0].view(4, 100)
     assert close(recovered + uplink.state()["residual"], received, 1e-4)
     other = SKETCH(IdealUplink(), residual=1.0)
-    other.load_state({name: value.clone() for name, value in uplink.state().items()})
+    other.load_state({name: value.clone() for name, value in uplink.state().items()}, D)
     assert torch.equal(play(other)[0], play(uplink)[0])
 
 
@@ -327,7 +327,11 @@ def test_sketches_need_fewer_symbols_and_can_be_made_to_fit():
         (lambda: AnalogUplink(MultipleAccess(), math.nan), ValueError, "threshold must not be negative, got nan"),
         (lambda: AnalogUplink(MultipleAccess(antennas=2)), ValueError, "for antennas=1, got 2"),
         (lambda: BlindUplink(MultipleAccess(fading="none")), ValueError, "gains that fade independently"),
-        (lambda: IdealUplink().load_state({"residual": MEAN}), ValueError, "IdealUplink remembers nothing"),
+        (
+            lambda: IdealUplink().load_state({"residual": MEAN}, D),
+            ValueError,
+            "a state must hold nothing, got residual",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(make, error, sentence):
