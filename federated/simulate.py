@@ -26,6 +26,7 @@ from federated.channel import Channel
 from federated.device import LocalTraining, saved_bytes
 from federated.downlink import Downlink, IdealDownlink, Memory
 from federated.draws import Draws
+from federated.files import rows_of, sentence
 from federated.metrics import Row, evaluate
 from federated.round import World, play
 from federated.server import Server, check_state
@@ -405,8 +406,7 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its readers of zip files and pickles raise
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the checkpoint '{checkpoint}' can't be read: state.pt: {why}") from None
+        raise ValueError(f"the checkpoint '{checkpoint}' can't be read: state.pt: {sentence(error)}") from None
     parts = state if isinstance(state, dict) else {}
     odd = [name for name, kind in _PARTS.items() if type(parts.get(name)) is not kind]
     odd += [] if odd or parts["round"] == int(checkpoint.name[11:]) else ["round"]
@@ -415,32 +415,12 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     return parts
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """Read a file of rows, a JSON object with its round in each line; a last line that was cut off is left out.
-
-    Raises:
-        ValueError: a line is anything else; the sentence names the file and the line.
-    """
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict) or type(row.get("round")) is not int:
-            raise ValueError(f"every line of '{path}' must be a row with its round, line {number} is none")
-        rows.append(row)
-    return rows
-
-
 def _keep_rows(path: Path, number: int) -> None:
     """Rewrite a file of rows without those after a round, and without a line that was cut off."""
     if not path.exists():
         return
     fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(line_of(row) for row in rows_of(path) if row["round"] <= number))
+    fresh.write_text("".join(line_of(row) for row in rows_of(path, {"round": int}) if row["round"] <= number))
     os.replace(fresh, path)
 
 

@@ -30,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import market_data
+from federated.files import check_folder, opening, sentence
 from federated.market import cli, honesty
-from federated.market.features import Extractor, batches, features, make_extractor, open_rows
+from federated.market.features import Extractor, batches, make_extractor, naming, open_rows
 from federated.market.privacy import private_answer
 from federated.market.query import BuyerQuery, SellerResponse, answer, make_query
 from federated.market.rank import Ranked, portfolio, rank
@@ -41,7 +42,7 @@ from report import write_atomically
 LIAR, COPYCAT = "liar", "copycat"
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", help="the buyer's rows: a file, a folder of images, or a name on the hub")
     parser.add_argument("--sellers", nargs="+", metavar="NAME=DATASET", help="the sellers' rows")
@@ -54,10 +55,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--directions", type=int, default=10, help="(default %(default)s)")
     parser.add_argument("--budget", type=float, default=3, help="to spend, at 1 a seller (default %(default)s)")
     parser.add_argument("--epsilon", type=float, help="of differential privacy, δ = 1e-6 (default: no noise)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the encoder")
     parser.add_argument("--cache", type=Path, help="folder where embeddings are kept")
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/data_market"), help="(default %(default)s)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    args = make_parser().parse_args(argv)
     if (args.dataset is None) != (args.sellers is None):
         raise ValueError("--dataset and --sellers must be given together: the buyer's rows and the sellers'")
     if args.dataset and args.texts:
@@ -69,6 +75,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def open_market(args: argparse.Namespace) -> tuple[Iterable[Any], dict[str, Iterable[Any]], Extractor]:
     """Give the buyer's rows, the sellers' rows by name, and what embeds them."""
+    check_folder(args.output_dir, "--output_dir")
+    if args.cache is not None:
+        check_folder(args.cache.expanduser(), "--cache")
+    encoder = make_extractor(args.encoder or "pixels:8", trust_remote_code=args.trust_remote_code)
     if args.dataset:
         sellers = {}
         for text in args.sellers:
@@ -76,12 +86,13 @@ def open_market(args: argparse.Namespace) -> tuple[Iterable[Any], dict[str, Iter
             sellers[name or Path(source).stem] = open_rows(source)
         if len(sellers) < len(args.sellers):
             raise ValueError("every seller must have a name of its own: --sellers NAME=DATASET …")
-        return open_rows(args.dataset), sellers, make_extractor(args.encoder)
+        return open_rows(args.dataset), sellers, encoder
     if args.texts:
-        market = market_data.text_market(args.texts, args.buyer, args.buyer_rows, args.rows, args.seed)
+        with opening("the text sets in", args.texts):
+            market = market_data.text_market(args.texts, args.buyer, args.buyer_rows, args.rows, args.seed)
     else:
         market = market_data.digits_market(args.buyer_rows, args.seed)
-    return market.buyer, dict(market.sellers), make_extractor(args.encoder or "pixels:8")
+    return market.buyer, dict(market.sellers), encoder
 
 
 def lie(query: BuyerQuery, energy: float) -> SellerResponse:
@@ -111,10 +122,14 @@ def draw_map(ranked: list[Ranked], path: Path) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     buyer, sellers, extractor = open_market(args)
     options = {"columns": args.column, "cache": args.cache, "progress": sys.stderr.isatty()}
-    rows = features(extractor, buyer, **options)
+    rows = torch.cat(list(naming(batches(extractor, buyer, **options), args.dataset or "the buyer's")))
     query, key = make_query(rows, extractor.encoder, directions=args.directions)
     second_query, second_key = make_query(rows, extractor.encoder, directions=args.directions)
-    embedded = {name: torch.cat(list(batches(extractor, part, **options))) for name, part in sellers.items()}
+    sources = {name: getattr(part, "source", name) for name, part in sellers.items()}
+    embedded = {
+        name: torch.cat(list(naming(batches(extractor, part, **options), sources[name])))
+        for name, part in sellers.items()
+    }
     demo = not args.dataset and not args.texts
     if demo:
         embedded[COPYCAT] = rows
@@ -162,8 +177,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(parse(argv))
     except (ValueError, OSError, ImportError) as error:
-        print(f"data_market.py: {error}", file=sys.stderr)
+        print(f"data_market.py: {sentence(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("data_market.py: stopped, nothing is written but what --cache keeps", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -33,6 +33,7 @@ import text_data
 from federated import partition
 from federated.channel import MultipleAccess
 from federated.device import IGNORED, LocalTraining
+from federated.files import opening
 from federated.simulate import Simulation
 from federated.uplink import AnalogUplink, BlindUplink, IdealUplink, SketchedUplink, Uplink
 from sgc import SGC
@@ -74,7 +75,8 @@ def open_rows(args: argparse.Namespace, notes: text_data.Notes) -> tuple[Dataset
         sizes = {"train": 320, "test": 32} if args.smoke else EMBEDDED
         made = [Dataset.from_list(instruction_rows(sizes[n], test=n == "test", seed=0)) for n in ("train", "test")]
         return made[0], made[1]
-    return text_data.split(args.dataset, None, config=None, eval_fraction=0.05, seed=args.seed, notes=notes)
+    with opening("the data set", args.dataset):
+        return text_data.split(args.dataset, None, config=None, eval_fraction=0.05, seed=args.seed, notes=notes)
 
 
 def open_uplink(args: argparse.Namespace) -> Uplink:
@@ -113,13 +115,15 @@ def run(args: argparse.Namespace) -> int:
     """Train, with everything written to the output folder; give the exit status."""
     out = federated_runs.folder_of(args)
     notes = text_data.Notes()
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    trusted = {"trust_remote_code": args.trust_remote_code}
+    with opening("the model", args.model_name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, **trusted)
+        # the fused attention has no batched form over devices; written out, it has
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model_name_or_path, dtype=torch.float32, attn_implementation="eager", **trusted
+        )
     if tokenizer.chat_template is None:
         tokenizer.chat_template = text_data.plain_template(tokenizer)
-    # the fused attention has no batched form over devices; written out, it has
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model_name_or_path, dtype=torch.float32, attn_implementation="eager"
-    )
     train_rows, test_rows = open_rows(args, notes)
     train, train_rows = examples(train_rows, tokenizer, args.max_length, notes)
     test, _ = examples(test_rows, tokenizer, args.max_length, notes)
@@ -154,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
         f"round, {sent / size:.3f} of a dense update"
     )
     tqdm.write(" round     loss  accuracy of the answers' tokens   NMSE up  channel uses  seconds")
-    for row in sim.run(args.rounds):
+    for row in federated_runs.rounds(sim, args.rounds):
         if row["skipped"]:
             tqdm.write(f"{row['round']:6d}  skipped: {row['skipped']}")
         elif "loss" in row:
@@ -166,13 +170,14 @@ def run(args: argparse.Namespace) -> int:
     return federated_runs.finish(sim, out, args.rounds)
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model_name_or_path", default=str(HERE / "assets" / "tiny-llama"))
     add("--dataset", help="what finetune.py takes; default: the embedded task")
     add("--max_length", type=int, default=128, help="tokens")
+    add("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     add("--split", default="iid", help="iid, or a column whose every value is a device")
     add("--devices", type=int, default=8, help="M of --split iid")
     add("--participants", type=int, help="devices asked in a round; default all")
@@ -199,7 +204,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from the last checkpoint of --output_dir")
     add("--overwrite", action="store_true", help="begin anew where --output_dir holds a run")
     add("--smoke", action="store_true", help="two small rounds, to see that it runs")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    args = make_parser().parse_args(argv)
     if args.smoke:
         args.rounds, args.steps, args.devices, args.batch_size = 2, 1, 2, 4
     return args
@@ -207,11 +217,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Run, or say in a sentence why not."""
-    try:
-        return run(parse(argv))
-    except (ValueError, TypeError, OSError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
+    args = parse(argv)
+    return federated_runs.said(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -46,10 +45,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import federated_runs
+import text_data
 from federated import partition
 from federated.channel import FADING, Channel, MultipleAccess
 from federated.device import LocalTraining
 from federated.downlink import AnalogDownlink, DigitalDownlink, Downlink, IdealDownlink, SelectionDownlink
+from federated.files import opening, rows_of
 from federated.models import make_model
 from federated.simulate import Simulation, tensors_of
 from federated.uplink import (
@@ -71,6 +72,7 @@ SCHEMES = {
 }
 MODELS = ("softmax", "cnn", "vit")
 MOST_TOKENS = 128  # of a text
+HELD_OUT = 0.2  # of data without a test split
 
 # ------------------------------------------------------------------------------------------ data
 
@@ -102,7 +104,9 @@ def open_data(args: argparse.Namespace) -> Data:
     if args.dataset == "digits":
         return embedded_digits()
     folder = Path(args.dataset)
-    if folder.is_dir() and list(folder.glob("*idx3-ubyte*")):
+    with opening("the data set", args.dataset):
+        idx = folder.is_dir() and list(folder.glob("*idx3-ubyte*"))
+    if idx:
         return idx_folder(folder)
     return hub_data("ylecun/mnist" if args.dataset == "mnist" else args.dataset, args)
 
@@ -119,17 +123,20 @@ def embedded_digits() -> Data:
 def idx_folder(folder: Path) -> Data:
     """Open MNIST's own files, plain or gzipped."""
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str, dimensions: int) -> np.ndarray:
         for path in (folder / name, folder / f"{name}.gz"):
             if path.exists():
-                raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-                sizes = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(raw[3])]
-                return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(sizes)
+                with opening("the idx file", path):
+                    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+                    sizes = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(raw[3])]
+                    if len(sizes) != dimensions or min(sizes) < 1:
+                        raise ValueError(f"it must hold {dimensions} dimensions, got {sizes}")
+                    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(sizes)
         raise ValueError(f"the folder '{folder}' must hold {name} or {name}.gz, it does not")
 
     parts = []
     for which in ("train", "t10k"):
-        pictures, labels = read(f"{which}-images-idx3-ubyte"), read(f"{which}-labels-idx1-ubyte")
+        pictures, labels = read(f"{which}-images-idx3-ubyte", 3), read(f"{which}-labels-idx1-ubyte", 1)
         if len(pictures) != len(labels):
             raise ValueError(f"'{folder}' must hold one label a picture, {which} has {len(pictures)} and {len(labels)}")
         parts.append((pictures[:, None] / np.float32(255), labels))
@@ -148,17 +155,25 @@ def images(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndar
 
 
 def hub_data(name: str, args: argparse.Namespace) -> Data:
-    """Open a data set of the hub, or a file or folder that `datasets` reads: pictures or texts with labels."""
+    """Open a data set of the hub, or a file or folder that `datasets` reads: pictures or texts with labels.
+
+    Raises:
+        ValueError: it can't be opened, or holds neither.
+    """
     from datasets import Image, load_dataset, load_from_disk
 
-    try:
-        saved = any(Path(name, file).exists() for file in ("dataset_dict.json", "state.json"))
-        sets = load_from_disk(name) if saved else load_dataset(name, args.dataset_config)
-    except Exception as error:  # a hub data set raises what its parser or its host raises: said, and the run ends
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"the data set '{name}' can't be opened: {first}") from None
+    with opening("the data set", name):
+        if Path(name).suffix.lower() in text_data.LOADERS and not Path(name).is_dir():
+            sets = text_data.read(name)
+        elif any(Path(name, file).exists() for file in ("dataset_dict.json", "state.json")):
+            sets = load_from_disk(name)
+        else:
+            sets = load_dataset(name, args.dataset_config)
     if isinstance(sets, Dataset):
         sets = {"train": sets}
+    if set(sets) == {"train"} and len(sets["train"]) > 1:
+        sets = sets["train"].train_test_split(test_size=HELD_OUT, seed=0)
+        tqdm.write(f"note: '{name}' has no test split, {len(sets['test']):,} of its rows are held out")
     splits = [s for s in ("test", "validation") if s in sets]
     if "train" not in sets or not splits:
         raise ValueError(f"the data set '{name}' must have a train and a test split, it has {', '.join(sets)}")
@@ -215,7 +230,8 @@ def texts(train: Dataset, test: Dataset, labels: list[np.ndarray], args: argpars
     """Tokenize rows of text."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    with opening("the model", args.model_name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     text = next((c for c in ("text", "sentence", "question") if c in train.column_names), None)
     if text is None:
         raise ValueError(f"texts need a column text, sentence or question, got {', '.join(train.column_names)}")
@@ -243,7 +259,9 @@ def open_model(args: argparse.Namespace, data: Data) -> PreTrainedModel:
     auto = AutoModelForSequenceClassification if data.image is None else AutoModelForImageClassification
     arguments: dict[str, Any] = {"num_labels": data.classes, "ignore_mismatched_sizes": True, "dtype": torch.float32}
     # the fused attention has no batched form over devices; written out, it has
-    return auto.from_pretrained(args.model_name_or_path, attn_implementation="eager", **arguments)
+    arguments |= {"attn_implementation": "eager", "trust_remote_code": args.trust_remote_code}
+    with opening("the model", args.model_name_or_path):
+        return auto.from_pretrained(args.model_name_or_path, **arguments)
 
 
 def open_optimizer(args: argparse.Namespace) -> Callable[[Iterable[Tensor]], torch.optim.Optimizer]:
@@ -392,27 +410,28 @@ def run(args: argparse.Namespace) -> int:
     partition.plot_partition(parts, np.asarray(data.train["labels"]), out / "devices.png", title=args.split)
     tqdm.write(f"{len(parts)} devices, {len(data.train):,} rows, {sim.world.training.flat.size:,} parameters")
     tqdm.write(" round  accuracy     loss  devices  NMSE down    NMSE up  seconds")
-    for row in sim.run(args.rounds):
+    for row in federated_runs.rounds(sim, args.rounds):
         if "accuracy" in row or row["skipped"]:
             tqdm.write(line_of({"accuracy": 0.0, "loss": 0.0} | row))
-    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    rows = rows_of(out / "rows.jsonl", {"round": int}) if (out / "rows.jsonl").exists() else []
     down, up = args.downlink or SCHEMES[args.scheme][0], args.uplink or SCHEMES[args.scheme][1]
     plot_curve(out / "curve.png", rows, f"{args.scheme}: {down} down, {up} up, {args.split} split")
     return federated_runs.finish(sim, out, args.rounds, "curve.png", "devices.png")
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--scheme", choices=SCHEMES, default="ideal")
     add("--downlink", choices=("ideal", "selection", "digital", "analog"), help="another than the scheme's")
     add("--uplink", choices=("ideal", "quantized", "analog", "blind", "sketched"), help="another than the scheme's")
-    add("--dataset", default="digits", help="digits, mnist, a folder with idx files, or a name on the hub")
+    add("--dataset", default="digits", help="digits, mnist, a file, a folder, or a name on the hub")
     add("--dataset_config", help="of a data set on the hub that has several")
     add("--label_column", help="of a data set on the hub")
     add("--model", choices=MODELS, default="softmax", help="a built-in model of images")
     add("--model_name_or_path", help="a Hugging Face model instead")
+    add("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     add("--split", default="iid", help="iid, biased (two classes a device), dirichlet, or a column's name")
     add("--alpha", type=float, default=0.5, help="of --split dirichlet")
     add("--devices", type=int, default=40, help="M")
@@ -454,7 +473,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         choices=("selection", "antennas", "noisy", "steps", "all"),
         help="a figure of the papers instead of one run",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    args = make_parser().parse_args(argv)
     if args.ofdm_symbols is None and (args.downlink or SCHEMES[args.scheme][0]) in ("digital", "selection"):
         args.ofdm_symbols = 200
     if args.lr is None:
@@ -465,15 +489,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run, or say in a sentence why not."""
     args = parse(argv)
-    try:
-        if args.sweep:
-            import federated_sweeps
+    if args.sweep:
+        import federated_sweeps
 
-            return federated_sweeps.sweep(args, open_data(args), simulation)
-        return run(args)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
+        return federated_runs.said(lambda: federated_sweeps.sweep(args, open_data, simulation))
+    return federated_runs.said(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from federated.files import check_folder, rows_of
+
 SEEDS = (0, 1, 2)
 LAST = 5  # evaluations whose mean is a run's accuracy
 Cell = dict[str, Any]
@@ -123,16 +125,17 @@ def play(cell: Cell, args: argparse.Namespace, data: Any, simulation: Callable[.
     }
 
 
-def sweep(args: argparse.Namespace, data: Any, simulation: Callable[..., Any]) -> int:
+def sweep(args: argparse.Namespace, open_data: Callable[..., Any], simulation: Callable[..., Any]) -> int:
     """Run the cells that have no row yet, and draw the figures."""
     out = Path(args.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    check_folder(out, "--output_dir")
     path = out / "sweep.jsonl"
-    text = path.read_text() if path.exists() else ""
-    if text and not text.endswith("\n"):  # a line cut off
-        path.write_text(text[: text.rfind("\n") + 1])
-    rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    rows = rows_of(path, {"dataset": str, "cell": dict, "accuracy": float}) if path.exists() else []
     done = {(row["dataset"], key_of(row["cell"])): row for row in rows}
+    data = open_data(args)
+    out.mkdir(parents=True, exist_ok=True)
+    if path.exists():  # without a line that was cut off
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in SWEEPS if args.sweep == "all" else [args.sweep]:
         for cell in tqdm(SWEEPS[name](), desc=f"cells of {name}"):
             key = (args.dataset, key_of(cell))

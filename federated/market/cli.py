@@ -14,15 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from federated.files import check_file, check_folder, sentence
 from federated.market import honesty
-from federated.market.features import ArrayFeatures, Extractor, batches, features, make_extractor, open_rows
+from federated.market.features import ArrayFeatures, Extractor, batches, make_extractor, naming, open_rows
 from federated.market.privacy import Ledger, private_answer
 from federated.market.query import DECOYS, DIRECTIONS, BuyerKey, BuyerQuery, SellerResponse, _write, answer, make_query
 from federated.market.rank import Portfolio, Ranked, portfolio, rank
@@ -34,9 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, OSError, EOFError, ImportError) as error:
-        print(f"sgc-market: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"sgc-market: {' '.join(sentence(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("sgc-market: stopped, nothing is written but what --cache keeps", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -89,9 +94,13 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pooling", help="of the encoder (default: its own)")
     parser.add_argument("--cache", type=Path, help="folder where embeddings are kept")
     parser.add_argument("--device", default="cpu", help="for the encoder (default %(default)s)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the encoder")
 
 
-def _open(args: argparse.Namespace) -> tuple[Extractor, dict[str, Any]]:
+def _open(args: argparse.Namespace) -> tuple[Extractor, Iterator[Tensor]]:
+    """Open the rows and what embeds them: give the latter and the vectors, batch by batch."""
+    if args.cache is not None:
+        check_folder(args.cache.expanduser(), "--cache")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError):  # the latter of a torch without CUDA
@@ -104,18 +113,16 @@ def _open(args: argparse.Namespace) -> tuple[Extractor, dict[str, Any]]:
         extractor: Extractor = ArrayFeatures(shape[1])
     else:
         options = {"revision": args.revision, "pooling": args.pooling, "device": args.device}
-        extractor = make_extractor(args.encoder, **options)
-    return extractor, {
-        "dataset": rows,
-        "columns": args.column,
-        "cache": args.cache,
-        "progress": sys.stderr.isatty(),
-    }
+        extractor = make_extractor(args.encoder, trust_remote_code=args.trust_remote_code, **options)
+    options = {"columns": args.column, "cache": args.cache, "progress": sys.stderr.isatty()}
+    return extractor, naming(batches(extractor, rows, **options), args.data)
 
 
 def _query(args: argparse.Namespace) -> None:
-    extractor, options = _open(args)
-    x = features(extractor, **options)
+    check_file(args.query, "--query")
+    check_file(args.key, "--key")
+    extractor, stream = _open(args)
+    x = torch.cat(list(stream))
     query, key = make_query(x, extractor.encoder, directions=args.directions, decoys=args.decoys)
     key.save(args.key)
     query.save(args.query)
@@ -126,10 +133,10 @@ def _query(args: argparse.Namespace) -> None:
 
 
 def _answer(args: argparse.Namespace) -> None:
+    check_file(args.out, "--out")
     query = BuyerQuery.load(args.query)
-    extractor, options = _open(args)
+    extractor, stream = _open(args)
     query.encoder.check(extractor.encoder)  # before hours of embedding
-    stream = batches(extractor, **options)
     if args.epsilon is None:
         if args.ledger is not None or args.budget is not None:
             raise ValueError("--ledger and --budget need --epsilon")
@@ -157,6 +164,8 @@ def _answer(args: argparse.Namespace) -> None:
 
 
 def _rank(args: argparse.Namespace) -> None:
+    if args.json is not None:
+        check_file(args.json, "--json")
     keys = {key.query: key for key in map(BuyerKey.load, args.key)}
     found: dict[str, dict[str, SellerResponse]] = {query: {} for query in keys}
     for response in map(SellerResponse.load, args.responses):

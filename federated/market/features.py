@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from federated.files import opening, sentence
 from federated.market.query import Encoder
 from sgc.codec import Codec
 
@@ -70,12 +71,35 @@ def batches(
     from tqdm import tqdm
 
     folder = None if cache is None else Path(cache).expanduser() / extractor.encoder.identifier[:32]
-    total = len(dataset) if isinstance(dataset, Sized) else None
+    held = dataset.rows if isinstance(dataset, Named) else dataset
+    total = len(held) if isinstance(held, Sized) else None
     with tqdm(total=total, unit=" rows", desc=extractor.encoder.name, disable=None if progress else True) as bar:
         rows = iter(dataset)
         while shard := [_pick(row, columns, extractor.whole_rows) for row in islice(rows, SHARD_ROWS)]:
             yield _cached(extractor, shard, folder)
             bar.update(len(shard))
+
+
+def naming(stream: Iterable[Tensor], source: str) -> Iterator[Tensor]:
+    """Name the data in what is wrong with their vectors, and refuse data without a row.
+
+    Args:
+        stream: of `batches`.
+        source: as the user gave it.
+
+    Raises:
+        ValueError: as `batches`, or there is no row.
+    """
+    rows = 0
+    try:
+        for x in stream:
+            rows += len(x)
+            yield x
+        if not rows:
+            raise ValueError("the data must have rows, got none")
+    except ValueError as error:
+        text = sentence(error)
+        raise ValueError(text if source in text else f"{text}: '{source}'") from None
 
 
 def features(extractor: Extractor, dataset: Iterable[Any], **kwargs: Any) -> Tensor:
@@ -110,7 +134,8 @@ def _cached(extractor: Extractor, rows: list[Any], folder: Path | None) -> Tenso
     path = folder / f"{_content_digest(rows)}.safetensors"
     with contextlib.suppress(FileNotFoundError, SafetensorError, KeyError, OSError):  # what is not whole is made anew
         held = load_file(path)["x"]
-        if held.shape == (len(rows), extractor.encoder.dimension) and bool(torch.isfinite(held).all()):
+        whole = held.dtype == torch.float32 and bool(torch.isfinite(held).all())
+        if whole and held.shape == (len(rows), extractor.encoder.dimension):
             return held
     x = _checked(extractor, rows)
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,10 +176,10 @@ def _content(row: Any) -> Iterator[bytes]:
         yield from (b"number", repr(row).encode())
     elif isinstance(row, Tensor):
         yield from (f"tensor {row.dtype} {tuple(row.shape)}".encode(), row.contiguous().cpu().numpy().tobytes())
-    elif hasattr(row, "mode") and hasattr(row, "tobytes"):  # PIL
-        yield from (f"image {row.mode} {row.size}".encode(), row.tobytes(), bytes(row.getpalette() or ()))
     elif hasattr(row, "dtype") and hasattr(row, "tobytes") and not row.dtype.hasobject:  # numpy
         yield from (f"array {row.dtype} {row.shape}".encode(), row.tobytes())
+    elif hasattr(row, "getpalette") and hasattr(row, "tobytes"):  # PIL; a memory-mapped array has a mode, too
+        yield from (f"image {row.mode} {row.size}".encode(), row.tobytes(), bytes(row.getpalette() or ()))
     elif isinstance(row, (list, tuple)):
         yield f"list {len(row)}".encode()
         for value in row:
@@ -269,9 +294,11 @@ class HuggingFaceFeatures:
         max_length: of a text, in tokens.
         batch_size: rows in one pass.
         device: torch's.
+        trust_remote_code: run Python code that comes with the model; without it, a model that needs some is refused.
 
     Raises:
-        ValueError: a pooling that the model hasn't got, or a model that is neither for text nor for images.
+        ValueError: a pooling that the model hasn't got, or a model that can't be opened, or is neither for text nor for
+            images.
     """
 
     def __init__(
@@ -284,23 +311,27 @@ class HuggingFaceFeatures:
         max_length: int = 256,
         batch_size: int = 32,
         device: str | torch.device = "cpu",
+        trust_remote_code: bool = False,
     ) -> None:
         try:
             from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
         except ImportError:
             raise ImportError("encoders need transformers: pip install 'sgc[federated]'") from None
 
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        self.model = AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32).eval().to(device)
-        self.batch_size, self.max_length, self.whole_rows = batch_size, max_length, False
-        self.joint = hasattr(self.model, "get_image_features")
-        self.vision = self.joint or self.model.main_input_name == "pixel_values"
+        self.batch_size, self.max_length, self.whole_rows, self.normalize = batch_size, max_length, False, normalize
+        opened: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        with opening("the encoder", name):
+            config = AutoConfig.from_pretrained(name, **opened)
+            self.model = AutoModel.from_pretrained(name, dtype=torch.float32, **opened).eval().to(device)
+            self.joint = hasattr(self.model, "get_image_features")
+            self.vision = self.joint or self.model.main_input_name == "pixel_values"
+            reader = AutoImageProcessor if self.vision else AutoTokenizer
+            reads = self.vision or self.model.main_input_name == "input_ids"
+            self.processor: Any = reader.from_pretrained(name, **opened) if reads else None
         if self.vision:
-            self.processor = AutoImageProcessor.from_pretrained(name, revision=revision)
             settings = {"processor": self.processor.to_dict()}
             self.channels = getattr(getattr(config, "vision_config", config), "num_channels", 3)
-        elif self.model.main_input_name == "input_ids":
-            self.processor = AutoTokenizer.from_pretrained(name, revision=revision)
+        elif self.processor is not None:
             if self.processor.pad_token is None:
                 self.processor.pad_token = self.processor.eos_token
             self.processor.padding_side = "right"  # the last token is found by the mask
@@ -312,11 +343,10 @@ class HuggingFaceFeatures:
         choices = VISION_POOLING if self.vision else TEXT_POOLING
         if self.pooling not in choices or (self.pooling == "features") > self.joint:
             raise ValueError(f"pooling must be one of {', '.join(choices)} and suit the model, got {self.pooling!r}")
-        self.normalize = normalize
         settings |= {"architecture": type(self.model).__name__, "config": _numbers_of(config)}
         # a pooler of transformers' own that the checkpoint lacks is random, and not used
         state = {k: v for k, v in self.model.state_dict().items() if not k.startswith("pooler.")}
-        with torch.no_grad():
+        with torch.no_grad(), opening("the encoder", name):
             dimension = self.embed([self._probe()]).shape[1]
         title = re.sub(r"[^\x21-\x7e]", "?", (Path(name).resolve() if Path(name).is_dir() else Path(name)).name)[:40]
         title = title or "encoder"
@@ -450,15 +480,51 @@ def open_rows(source: str, split: str = "train") -> Iterable[Any]:
         split: of a data set on the hub or in a folder.
 
     Raises:
-        ValueError: a file that isn't there or of an unknown kind.
+        ValueError: a file that isn't there, is empty or of an unknown kind, or data that can't be opened; or, while
+            rows are read, a row that can't be.
     """
-    path = Path(source).expanduser()
+    with opening("the data set", source):
+        rows = _open_rows(Path(source).expanduser(), source, split)
+    return rows if hasattr(rows, "shape") else Named(rows, source)
+
+
+class Named:
+    """Rows whose reader's errors are sentences that name the source.
+
+    Args:
+        rows: any iterable of them.
+        source: as the user gave it.
+    """
+
+    def __init__(self, rows: Iterable[Any], source: str) -> None:
+        self.rows, self.source = rows, source
+
+    def __iter__(self) -> Iterator[Any]:
+        with opening("the data set", self.source):
+            rows = iter(self.rows)
+        while True:
+            with opening("the data set", self.source):
+                row = next(rows, _END)
+            if row is _END:
+                return
+            yield row
+
+
+_END = object()
+
+
+def _open_rows(path: Path, source: str, split: str) -> Iterable[Any]:
+    if path.is_file() and not path.stat().st_size:
+        raise ValueError("it is empty")
     if path.suffix == ".npy":
         import numpy as np
 
         if not path.is_file():
             raise ValueError(f"the data file '{source}' does not exist")
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if getattr(array, "ndim", 0) < 2 or array.dtype.kind not in "biuf":
+            raise ValueError("it must hold an array of numbers with a row for each example")
+        return array
     try:
         from datasets import load_dataset
     except ImportError:

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from federated.files import check_folder
 from federated.market.query import (
     BuyerQuery,
     Encoder,
@@ -218,6 +219,7 @@ class Ledger:
     def __init__(self, path: str | Path, *, epsilon: float, delta: float) -> None:
         check_budget(epsilon, delta)
         self.path, self.epsilon, self.delta = Path(path), epsilon, delta
+        check_folder(self.path.parent, f"the folder of the ledger '{path}'")
         self._squares()
 
     def _squares(self) -> float:

@@ -490,7 +490,7 @@ def answer(query: BuyerQuery, batches: Iterable[Tensor], encoder: Encoder, selle
 
 def _write(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Write a file whole or not at all."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".tmp", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=".sgc-market-", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

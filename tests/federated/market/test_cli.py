@@ -154,7 +154,7 @@ def test_text_files_are_embedded_by_a_hugging_face_encoder(market: Path, capsys:
             ],
             "epsilon must be positive, got 0",
         ),
-        (["query", "empty.npy", "--encoder", "vectors"], "No data left"),
+        (["query", "empty.npy", "--encoder", "vectors"], "'empty.npy' can't be opened: it is empty"),
         (["query", "buyer.npy", "--encoder", "pixels:0"], "size of an image must be from 1"),
         (["query", "buyer.npy", "--encoder", "vectors", "--device", "nonsense"], "--device must be one"),
     ],

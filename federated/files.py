@@ -1,0 +1,103 @@
+"""Paths and names that people give: what can't be written is said before any work, what can't be read in a sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+WIDEST = 400  # characters of another program's sentence that are passed on
+
+
+def sentence(error: BaseException) -> str:
+    """Say on one line what went wrong: an error's first line, or what the system says and about which file."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"'{os.fsdecode(error.filename)}': {error.strerror}"
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:WIDEST]
+
+
+@contextlib.contextmanager
+def opening(what: str, name: str | Path) -> Iterator[None]:
+    """Turn whatever comes of opening something into a sentence that names it.
+
+    Args:
+        what: "the model", "the data set", …
+        name: as it was given.
+
+    Raises:
+        ValueError: in the place of any error but one of a missing package.
+    """
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:  # readers of weights, tokenizers, tables and pictures raise whatever their parsers raise
+        raise ValueError(f"{what} '{name}' can't be opened: {sentence(error.__cause__ or error)}") from error
+
+
+def rows_of(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
+    """Read a file of rows, a JSON object in each line; a last line that was cut off is left out.
+
+    Args:
+        path: of the file.
+        fields: what every row must have, and of which type.
+
+    Raises:
+        ValueError: a line is anything else; the sentence names the file and the line.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or any(type(row.get(name)) is not kind for name, kind in fields.items()):
+            raise ValueError(f"every line of '{path}' must be a row with {', '.join(fields)}, line {number} is none")
+        rows.append(row)
+    return rows
+
+
+def check_folder(path: Path, what: str) -> None:
+    """Check that a folder is there to write into, or can be made.
+
+    Args:
+        path: of the folder.
+        what: the argument that names it.
+
+    Raises:
+        ValueError: something else is there or above it, or it may not be written.
+    """
+    near = _nearest(path, what)
+    if not near.is_dir():
+        raise ValueError(f"{what} must be a folder to write into, got '{path}': '{near}' is a file")
+    if not os.access(near, os.W_OK | os.X_OK):
+        raise ValueError(f"{what} must be a folder to write into, got '{path}': '{near}' may not be written")
+
+
+def check_file(path: Path, what: str) -> None:
+    """Check that a file can be written, in a folder that is there; arguments and errors as in `check_folder`."""
+    near = _nearest(path, what)
+    if near == path and path.is_dir():
+        raise ValueError(f"{what} must be a file to write, got '{path}', which is a folder")
+    if near not in (path, path.parent) or not path.parent.is_dir():
+        raise ValueError(f"{what} must be a file in a folder that is there, got '{path}'")
+    if not os.access(near.parent if near == path else near, os.W_OK | os.X_OK):
+        raise ValueError(f"{what} must be a file that may be written, got '{path}'")
+
+
+def _nearest(path: Path, what: str) -> Path:
+    """Find what is there of a path: itself, or the folder nearest to it."""
+    for each in (path, *path.parents):
+        try:
+            os.stat(each)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
+            raise ValueError(f"{what} must be a path that can be written: {sentence(error)}") from None
+        return each
+    return Path()
