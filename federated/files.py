@@ -35,7 +35,8 @@ def opening(what: str, name: str | Path) -> Iterator[None]:
     except ImportError:
         raise
     except Exception as error:  # readers of weights, tokenizers, tables and pictures raise whatever their parsers raise
-        raise ValueError(f"{what} '{name}' can't be opened: {sentence(error.__cause__ or error)}") from error
+        hint = "; --trust_remote_code runs it" if "trust_remote_code" in str(error) else ""
+        raise ValueError(f"{what} '{name}' can't be opened: {sentence(error.__cause__ or error)}{hint}") from error
 
 
 def rows_of(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:

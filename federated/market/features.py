@@ -325,20 +325,19 @@ class HuggingFaceFeatures:
             self.model = AutoModel.from_pretrained(name, dtype=torch.float32, **opened).eval().to(device)
             self.joint = hasattr(self.model, "get_image_features")
             self.vision = self.joint or self.model.main_input_name == "pixel_values"
-            reader = AutoImageProcessor if self.vision else AutoTokenizer
-            reads = self.vision or self.model.main_input_name == "input_ids"
-            self.processor: Any = reader.from_pretrained(name, **opened) if reads else None
+            if not self.vision and self.model.main_input_name != "input_ids":
+                raise ValueError(f"it must read text or images, got {self.model.main_input_name}")
+            reader: Any = AutoImageProcessor if self.vision else AutoTokenizer
+            self.processor = reader.from_pretrained(name, **opened)
         if self.vision:
             settings = {"processor": self.processor.to_dict()}
             self.channels = getattr(getattr(config, "vision_config", config), "num_channels", 3)
-        elif self.processor is not None:
+        else:
             if self.processor.pad_token is None:
                 self.processor.pad_token = self.processor.eos_token
             self.processor.padding_side = "right"  # the last token is found by the mask
             self.max_length = min(max_length, self.processor.model_max_length)
             settings = {**_tokenizer_settings(self.processor), "max_length": self.max_length}
-        else:
-            raise ValueError(f"an encoder must read text or images, got {name!r} with {self.model.main_input_name}")
         self.pooling = pooling or self._own_pooling(name, revision)
         choices = VISION_POOLING if self.vision else TEXT_POOLING
         if self.pooling not in choices or (self.pooling == "features") > self.joint:
