@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sgc import memory, moments
+from sgc import memory, moments, ranks
 from sgc.checks import whole
 from sgc.codec.layout import Layout
 from sgc.codec.project import mix
@@ -629,15 +629,18 @@ class Compressor:
         """Start as DistributedDataParallel does: every rank with the weights of its first."""
         optimizer = self._owner()
         synced = {param for name, param in ddp.module.named_parameters() if name not in ddp.parameters_to_ignore}
+        refusal = None
         if not synced.isdisjoint(self.slots):
-            raise RuntimeError("optimizer.attach(model) needs the very module that DistributedDataParallel wraps")
-        optimizer._compare_ranks()
-        ranks = dist.get_process_group_ranks(ddp.process_group)
+            refusal = "optimizer.attach(model) needs the very module that DistributedDataParallel wraps"
+        members = dist.get_process_group_ranks(ddp.process_group)
+        optimizer._compare_ranks(members, refusal)
         # a group of its own: messages of DistributedDataParallel may come in another order on another rank
-        self._group = dist.new_group(ranks, use_local_synchronization=True)
-        self.world_size = len(ranks)
+        timeout, some = ranks.timeout_of(ddp.process_group), len(members) < dist.get_world_size()
+        # of some ranks torch makes the group by a name that counts groups, which must be as many on each of them
+        self._group = dist.new_group(members, timeout=timeout, use_local_synchronization=some)
+        self.world_size = len(members)
         for param in self.slots:
-            dist.broadcast(param.detach(), ranks[0], group=self._group)
+            dist.broadcast(param.detach(), members[0], group=self._group)
 
     def _after_last(self, slot: Slot) -> None:
         """Send what is complete while backward goes on, buckets in the same order on every rank."""

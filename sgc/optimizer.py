@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sgc import dispatch, memory, moments, sharded
+from sgc import dispatch, memory, moments, ranks, sharded
 from sgc.arguments import check_group, check_param, warn_small_sketch
 from sgc.checks import plain, rate, shown, whole
 from sgc.codec.layout import Layout
 from sgc.codec.project import Projection, mix
 from sgc.compressed_grad import CompressedGradient, Compressor
-from sgc.ranks import checksum, refuse_mismatch
 from sgc.step import (
     PROBED_CHUNKS,
     Update,
@@ -37,6 +36,8 @@ from sgc.step import (
 from sgc.zero import Partition, Piece, Tools, find_pieces, on_cpu
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from sgc.kernels.batch import Batch, Entry, Pending, Sparse
 
 FACTOR = "gradient_factor"  # in a checkpoint, in every group: what clipping made of the last compressed gradients
@@ -92,7 +93,8 @@ class SGC(torch.optim.Optimizer):
     Source: Yang et al., arXiv 2502.00311; "residual" and "whitened" are ours.
     """
 
-    check_ranks = True  # whether the first step compares hyperparameters and state of all ranks of a process group
+    # whether ranks agree before the first step on all that `sgc.ranks` lists; a process group: its ranks alone do
+    check_ranks: bool | ProcessGroup = True
 
     def __init__(
         self,
@@ -138,6 +140,9 @@ class SGC(torch.optim.Optimizer):
         self._unsettled: deque[tuple[list[float], dict[torch.device, Pending]]] = deque()  # norms known, norms to come
         self._unborn: dict[Tensor, None] = {}  # whose state a batch has made, perhaps for a gradient that is not finite
         self._compared = False
+        self._presence: ranks.Presence | None = getattr(self, "_presence", None)
+        if self._presence is None and self.check_ranks and ranks.several():
+            self._presence = ranks.Presence(self)
         self._compressor: Compressor | None = None
         self._given: list[weakref.ref[Tensor]] = getattr(self, "_given", [])  # a sharding harness may replace them
         self._given_by_id: dict[int, weakref.ref[Tensor]] = getattr(self, "_given_by_id", {})
@@ -436,16 +441,16 @@ class SGC(torch.optim.Optimizer):
         sharded.reduce_statistics(list(parts.values()))
         return [(number, param, parts.get(number, gradient), group) for number, param, gradient, group in ready]
 
-    def _compare_ranks(self) -> None:
-        """Refuse, once, to train one model with ranks of several opinions."""
-        if self.check_ranks and not self._compared:
-            self._compared = True
-            refuse_mismatch(self.param_groups, (*CONFIGURATION, *TUNABLE), map(self._checksum, self.param_groups))
-
-    def _checksum(self, group: dict[str, Any]) -> int:
-        """Sum up what every rank must hold alike: the state of whole tensors, and not of shards and flat partitions."""
-        alike = (p for p in group["params"] if p.dim() > 1 and p in self.state and not sharded.is_sharded(p))
-        return checksum(value for p in alike for value in self.state[p].values() if isinstance(value, Tensor))
+    def _compare_ranks(self, ddp_ranks: Sequence[int] | None = None, refusal: str | None = None) -> None:
+        """Agree, once, with all ranks that train this model: see `ranks.agree`."""
+        if self.check_ranks and not self._compared and ranks.several():
+            ranks.agree(ranks.must_agree(self, ddp_ranks), ddp_ranks or ranks.partners(self), refusal)
+        elif refusal is not None:
+            raise RuntimeError(refusal)
+        self._compared = self._compared or bool(self.check_ranks)
+        if self._presence is not None:
+            self._presence.end()
+            self._presence = None
 
     def _numbered(self) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
         pairs = ((param, group) for group in self.param_groups for param in group["params"])

@@ -2,14 +2,21 @@
 
 import copy
 import gc
+import inspect
 import math
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from sgc import SGC, compressed_grad, memory
+from sgc import SGC, compressed_grad, memory, ranks
 from sgc.compressed_grad import CompressedGradient
 from sgc.moments import RULES
 from tests.processes import Processes
@@ -189,24 +196,171 @@ def test_a_nan_on_one_rank_skips_the_same_tensor_on_every_rank(processes, attach
     assert processes.run(skip_counts, attach) == [1, 1]
 
 
-def disagree(name, values):
-    rank = dist.get_rank()
-    model = torch.nn.Linear(64, 64)
-    optimizer = SGC(model.parameters(), **{**SKETCHED, name: values[rank]})
-    model(torch.ones(1, 64)).sum().backward()
+def refusal_of(act):
+    """Give what a rank says when it refuses."""
     try:
-        optimizer.step()
+        act()
     except RuntimeError as error:
         return str(error)
     return None
 
 
-@pytest.mark.parametrize(("name", "values"), [("sketch_size", (16, 17)), ("seed", (0, 1)), ("weight_decay", (0.0, 0.1))])
-def test_ranks_that_disagree_are_refused_at_the_first_step(processes, name, values):
-    refused = [message for message in processes.run(disagree, name, values) if message]
-    assert len(refused) == 1  # whoever came second
-    for rank in (0, 1):
-        assert f"{name}={values[rank]} on rank {rank}" in refused[0]
+def disagree(how):
+    """Make the first step with what is this rank's."""
+    rank = dist.get_rank()
+    kwargs, shapes, attach, groups = (
+        how.get(name, (default, default))[rank]
+        for name, default in (("kwargs", {}), ("shapes", 64), ("attach", None), ("groups", 1))
+    )
+    model = torch.nn.Sequential(torch.nn.Linear(64, shapes), torch.nn.Linear(shapes, 64))
+    params = [{"params": list(model.parameters())[number::groups]} for number in range(groups)]
+    optimizer = SGC(params, **{**SKETCHED, "sketch_size": 0 if attach else 16, **kwargs})
+    forward = model
+    if attach:
+        optimizer.attach(model, sample_every=attach)
+        forward = DistributedDataParallel(model)
+
+    def step():
+        forward(torch.ones(1, 64)).sum().backward()
+        optimizer.step()
+
+    said = refusal_of(step)
+    assert refusal_of(step) == said  # who goes on all the same is refused again
+    return said
+
+
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        ({"kwargs": ({"lr": 1e-3}, {"lr": 2e-3})}, "lr=0.001 on rank 0, lr=0.002 on rank 1 (parameter group 0)"),
+        ({"kwargs": ({"lr": torch.tensor(0.5)}, {"lr": torch.tensor(0.25)})}, "lr=0.5 on rank 0, lr=0.25 on rank 1"),
+        ({"shapes": (64, 32)}, "parameter 0 [64, 64] torch.float32 on rank 0, 0 [32, 64]"),
+        ({"groups": (1, 2)}, "1 parameter groups on rank 0, 2 on rank 1"),
+        ({"attach": (8, 4)}, "sample_every=8 on rank 0, sample_every=4 on rank 1"),
+        ({"kwargs": ({"seed": 0}, {"seed": 1}), "attach": (8, 8)}, "seed=0 on rank 0, seed=1 on rank 1"),
+    ],
+    ids=["lr", "lr as a tensor", "shapes", "groups", "sample_every", "attached"],
+)
+def test_ranks_that_disagree_are_all_refused_before_the_first_update_with_one_sentence(processes, how, sentence):
+    first, second = processes.run(disagree, how)
+    assert first == second
+    assert sentence in first
+
+
+TWO_VALUES = {  # of every argument of SGC
+    "lr": (1e-3, torch.tensor(2e-3)),
+    "betas": ((0.9, 0.999), (0.9, 0.99)),
+    "eps": (1e-8, 1e-6),
+    "weight_decay": (0.0, 0.1),
+    "chunk_size": (64, None),
+    "sketch_size": (16, 0),
+    "sparsity": (2, 4),
+    "recovered": (2, 4),
+    "moments": ("residual", "whitened"),
+    "recovery": ("omp", "gomp"),
+    "scale": (1.0, 2.0),
+    "rank": (4, 2),
+    "refresh_every": (10, 20),
+    "min_size": (64, 128),
+    "state_dtype": (torch.float32, torch.bfloat16),
+    "stochastic_rounding": (True, False),
+    "maximize": (False, True),
+    "seed": (0, 1),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in inspect.signature(SGC).parameters if name != "params"])
+def test_every_argument_of_sgc_must_agree(name):
+    def word(rank, value):
+        model = torch.nn.Linear(64, 64)
+        optimizer = SGC(model.named_parameters(), **{**SKETCHED, name: value})
+        return ranks.as_json(rank, ranks.must_agree(optimizer))
+
+    one, other = TWO_VALUES[name]
+    assert ranks.difference(word(1, one), word(0, one)) is None
+    assert f"{name}=" in ranks.difference(word(1, other), word(0, one))
+
+
+def late_or_gone(kind):
+    """Rank 1 comes late, or makes no SGC and comes when all is over; meanwhile rank 0 waits."""
+    ranks.BEAT, ranks.SILENCE, ranks.FAREWELL = 0.1, 1.0, 1.0
+    try:
+        rank, model = dist.get_rank(), torch.nn.Linear(64, 64)
+        dist.barrier()
+        if rank == 1 and kind == "gone":
+            time.sleep(3)
+        optimizer = SGC(model.parameters())
+        if rank == 1 and kind == "late":
+            time.sleep(3)
+        said = refusal_of(optimizer.step)
+        assert (optimizer._presence is None) == (said is None)
+        dist.barrier()
+        return said
+    finally:
+        ranks.BEAT, ranks.SILENCE, ranks.FAREWELL = 3.0, 30.0, 5.0
+
+
+def test_a_rank_that_is_late_is_waited_for_and_one_that_shows_no_sign_of_life_is_not(processes):
+    assert processes.run(late_or_gone, "late") == [None, None]
+    first, second = processes.run(late_or_gone, "gone")
+    assert first == second
+    assert first.startswith("rank 1 has shown no sign of life for 1 s")
+    assert "`optimizer.check_ranks = False`" in first
+
+
+def step_alone(check):
+    """Rank 0 steps, and rank 1 never does."""
+    group = dist.new_group([0])
+    optimizer = SGC(torch.nn.Linear(64, 64).parameters())
+    optimizer.check_ranks = group if check == "group" else False
+    start = time.monotonic()
+    if dist.get_rank() == 0:
+        optimizer.step()
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize("check", ["group", "none"])
+def test_a_rank_waits_for_those_alone_that_it_is_to_agree_with(processes, check):
+    assert max(processes.run(step_alone, check)) < 1
+
+
+DIES = """
+import datetime, os, sys, torch
+from sgc import SGC, ranks
+torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(hours=1))
+optimizer = SGC(torch.nn.Linear(64, 64).parameters())
+torch.distributed.barrier()
+if os.environ["RANK"] == "1":
+    optimizer.load_state_dict({"state": {}, "param_groups": []})
+optimizer.step()
+"""
+
+
+def test_the_reason_of_a_rank_that_dies_before_its_first_step_reaches_the_others_whatever_the_timeout():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    root = str(Path(__file__).resolve().parents[1])
+    common = {**os.environ, "PYTHONPATH": root, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    started = [
+        subprocess.Popen([sys.executable, "-c", DIES], env={**common, "RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
+    said = [process.communicate(timeout=60)[1].strip().splitlines()[-1] for process in started]
+    reason = said[1].removeprefix("[rank1]: ")
+    assert reason.startswith("ValueError: ")
+    assert f"rank 1 has ended before its first step: {reason}" in said[0]
+
+
+def group_timeout():
+    *_, optimizer, _, _ = train(True, 1)
+    return ranks.timeout_of(optimizer._compressor._group), ranks.timeout_of()
+
+
+def test_the_group_that_sums_compressed_gradients_has_the_timeout_of_the_run(processes):
+    for own, run in processes.run(group_timeout):
+        assert own == run
+        assert run.total_seconds() == 60  # of tests/processes.py
 
 
 def attach_too_late():
