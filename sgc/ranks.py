@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sgc import dispatch, sharded
+from sgc.arguments import IGNORED
 
 if TYPE_CHECKING:
     from sgc.optimizer import SGC
@@ -73,7 +74,7 @@ def _described(optimizer: SGC, group: Mapping[str, Any]) -> dict[str, Any]:
         for name, param in zip(names, group["params"], strict=False)
         if sharded.is_sharded(param) or (id(param) in optimizer._given_by_id and not sharded.is_flattened(param))
     ]
-    described = {name: group[name] for name in optimizer.defaults if name in group}  # torch adds to the former
+    described = {name: group[name] for name in optimizer.defaults if name in group and name not in IGNORED}
     return {**described, **({"steps": group["steps"]} if own else {}), "parameters": own}
 
 
@@ -231,7 +232,7 @@ def as_json(rank: int, word: Mapping[str, Any]) -> dict[str, Any]:
     """Give what `must_agree` lists as another rank reads it."""
 
     def plain(value: Any) -> Any:
-        return value.tolist() if isinstance(value, Tensor) else str(value)
+        return value.item() if isinstance(value, Tensor) else str(value)
 
     found: dict[str, Any] = json.loads(json.dumps({"rank": rank, **word}, default=plain))
     return found
