@@ -52,7 +52,7 @@ class Server:
         if theta.ndim != 1 or theta.dtype != torch.float32 or not theta.isfinite().all():
             raise ValueError(f"theta must be finite numbers (d,) in float32, got {theta.dtype} {tuple(theta.shape)}")
         self.theta, self.lr, self.momentum = theta, lr, momentum
-        self.velocity: Tensor | None = None
+        self.velocity = torch.zeros_like(theta) if momentum else None
 
     def step(self, update: Tensor) -> bool:
         """Move θ by the estimate (d,) of the mean update, if no entry of θ gets above `MOST` by it.
@@ -77,18 +77,19 @@ class Server:
         Raises:
             ValueError: it is of another size or type.
         """
-        check_state(state, {"theta": self.theta.shape, **({"velocity": self.theta.shape} if self.momentum else {})})
+        check_state(state, {name: tensor.shape for name, tensor in self.state().items()})
         self.theta, self.velocity = state["theta"], state.get("velocity")
 
 
 def check_state(state: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Check what was remembered: tensors by name, finite, in fp32, of these shapes; any of them may be missing.
+    """Check what was remembered: tensors by name, finite, in fp32, of these shapes.
 
     Raises:
         ValueError: it is anything else.
     """
-    if not isinstance(state, Mapping) or not state.keys() <= shapes.keys():
-        raise ValueError(f"a state must hold {', '.join(shapes) or 'nothing'}, got {', '.join(map(str, state))}")
+    if not isinstance(state, Mapping) or state.keys() != shapes.keys():
+        got = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"a state must hold {', '.join(shapes) or 'nothing'}, got {got or 'nothing'}")
     for name, tensor in state.items():
         shape = tuple(shapes[name])
         if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.dtype != torch.float32:

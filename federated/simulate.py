@@ -281,8 +281,6 @@ class Simulation:
                     if path.stat().st_size != size:
                         raise ValueError(f"{path.name} must have {size} bytes, got {path.stat().st_size}")
                     held[name] = _map(path, memory.shape, write=False)
-            if missing := [*(memories.keys() - held.keys()), *({"theta"} - state["server"].keys())]:
-                raise ValueError(f"it lacks {missing[0]}")
             check_state(held, {name: memory.shape for name, memory in memories.items()})
             self.world.server.load_state(state["server"])
             self.world.uplink.load_state(state["uplink"], self.world.training.flat.size)
@@ -410,6 +408,7 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     parts = state if isinstance(state, dict) else {}
     odd = [name for name, kind in _PARTS.items() if type(parts.get(name)) is not kind]
     odd += [] if odd or parts["round"] == int(checkpoint.name[11:]) else ["round"]
+    odd += [] if odd or parts["skipped_in_a_row"] >= 0 else ["skipped_in_a_row"]
     if odd:
         raise ValueError(f"the checkpoint '{checkpoint}' is damaged: state.pt has no {odd[0]} as it must be")
     return parts

@@ -499,7 +499,8 @@ class SketchedUplink(Uplink):
 
     def load_state(self, state: dict[str, Tensor], size: int) -> None:
         """Take back E; raises ValueError for one of another size or type."""
-        check_state(state, {"residual": self.sketch_shape(size)})
+        if state:  # before the first update was heard there is no residual
+            check_state(state, {"residual": self.sketch_shape(size)} if self.rho else {})
         self.residual = state.get("residual")
 
     def sketch(self, x: Tensor, sparsity: int) -> tuple[Tensor, Tensor]:
