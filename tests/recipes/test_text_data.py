@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 
 from text_data import (
     IGNORE,
@@ -18,6 +18,7 @@ from text_data import (
     find_layout,
     generation_examples,
     label_names,
+    layouts,
     pack,
     packs_are_isolated,
     plain_template,
@@ -239,6 +240,99 @@ def test_an_unseen_class_or_a_single_class_is_refused():
         label_names(one, two, "label")
     with pytest.raises(ValueError, match="two classes or more"):
         label_names(two, two, "label")
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "numbers"),
+    [
+        ([5, 0, 2, 0], ["0", "2", "5"], [2, 0, 1, 0]),
+        (["10", "9", "10"], ["9", "10"], [1, 0, 1]),
+        ([1.0, None, -1.0], ["-1", "1"], [1, 0]),
+        ([float("nan"), 0.0, 3.0], ["0", "3"], [0, 1]),
+        ([True, False], ["False", "True"], [1, 0]),
+        (["yes", "", None, "no"], ["no", "yes"], [1, 0]),
+        ([1, "b", None, "1"], ["1", "b"], [0, 1, 0]),
+    ],
+)
+def test_classes_may_have_gaps_and_rows_without_one_are_counted(tokenizer, labels, names, numbers):
+    rows = Dataset.from_list([{"text": "a", "label": label} for label in labels], on_mixed_types="use_json")
+    layout, notes = Layout("classification", {"text": "text", "label": "label"}), Notes()
+    assert label_names(rows, rows, "label") == names
+    found = classification_examples(rows, layout, tokenizer, names=names, max_length=8, notes=notes)
+    assert [e["labels"] for e in found] == numbers
+    assert notes.counts["rows without a label left out"] == len(labels) - len(numbers)
+
+
+def test_a_label_of_the_hub_that_is_not_told_is_left_out(tokenizer):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    rows = Dataset.from_dict({"text": ["a", "b", None], "label": [1, -1, 0]}, features=features)
+    notes = Notes()
+    layout = Layout("classification", {"text": "text", "label": "label"})
+    found = classification_examples(rows, layout, tokenizer, names=["no", "yes"], max_length=8, notes=notes)
+    assert [e["labels"] for e in found] == [1]
+    assert notes.lines() == ["rows without a label left out: 1", "rows without a text left out: 1"]
+
+
+@pytest.mark.parametrize("labels", [[0.5, 1.0], [[0], [1]], [{"a": 1}, {"a": 2}], [None, None], ["a", "a"], [["a"], 1]])
+def test_what_is_no_class_is_refused_with_the_column_and_the_value(labels):
+    rows = Dataset.from_list([{"label": label} for label in labels], on_mixed_types="use_json")
+    with pytest.raises(ValueError, match="column 'label' must hold (whole numbers or names|two classes or more), got"):
+        label_names(rows, rows, "label")
+
+
+ALPACA = [{"instruction": f"say {i}", "output": str(i)} for i in range(4)]
+OPENAI = [[{"role": "user", "content": f"say {i}!"}, {"role": "assistant", "content": str(i)}] for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        (ALPACA, [{"messages": turns} for turns in OPENAI]),
+        (ALPACA, [{"prompt": "say 9", "completion": "9", "instruction": None}]),
+        ([row | {"source": "x"} for row in ALPACA], [{"question": "say 9", "answer": "9", "source": "x"}]),
+        (
+            [{"text": f"t{i}", "label": i % 2} for i in range(4)],
+            [{"sentence": f"s{i}", "label": i % 2} for i in range(4)],
+        ),
+    ],
+)
+def test_test_rows_may_have_columns_of_other_names(tmp_path, train, test):
+    paths = [written(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", train), ("b", test))]
+    found = split(*paths, config=None, eval_fraction=0.1, seed=0, notes=Notes())
+    assert [len(part) for part in found] == [len(train), len(test)]
+    own, other = layouts(*found, {}, "auto")
+    assert own.columns != other.columns
+
+
+@pytest.mark.parametrize(
+    ("test", "sentence"),
+    [
+        ([{"body": "x"}], "the test rows can't be used: no known format among the columns body"),
+        ([{"text": "x", "label": 1}], "the test rows must be of the kind of the training rows, instruction, got class"),
+    ],
+)
+def test_test_rows_of_no_use_are_refused_for_the_true_reason(tmp_path, test, sentence):
+    paths = [written(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", ALPACA), ("b", test))]
+    with pytest.raises(ValueError, match=sentence):
+        split(*paths, config=None, eval_fraction=0.1, seed=0, notes=Notes())
+
+
+def test_a_row_that_differs_in_its_number_alone_is_the_same_row(tmp_path):
+    paths = [
+        written(tmp_path / f"{n}.jsonl", [row | {"id": f"{n}{i}"} for i, row in enumerate(ALPACA[:k])])
+        for n, k in (("a", 4), ("b", 2))
+    ]
+    with pytest.raises(ValueError, match="every test row is also a training row"):
+        split(*paths, config=None, eval_fraction=0.1, seed=0, notes=Notes())
+
+
+def test_splits_that_are_not_used_are_named(tmp_path):
+    for name in ("train", "test", "validation"):
+        written(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}"} for i in range(3)])
+    notes = Notes()
+    _, test = split(str(tmp_path), None, config=None, eval_fraction=0.1, seed=0, notes=notes)
+    assert test["text"][0] == "validation 0"
+    assert notes.lines() == ["rows of the split test, which is not used: 3"]
 
 
 def small_llama(tokenizer):
