@@ -86,15 +86,19 @@ def find_layout(columns: Iterable[str], named: dict[str, str | None], task: str)
         if pair is None:
             raise ValueError(f"classification needs a text column (--text_column); there are {', '.join(columns)}")
         return Layout("classification", label | dict(zip(("text", "text2"), pair, strict=False)))
+    asked = {"instruction", "input", "output"} & given.keys()
     if "text" not in given:
         around = pick("system", "system", "system_prompt") | pick("tools", "tools", "functions")
-        if messages := pick("messages", "messages", "conversations"):
+        if (messages := pick("messages", "messages", "conversations")) and ("messages" in given or not asked):
             return Layout("messages", messages | around)
         instruction = pick("instruction", "instruction", "prompt", "question")
         output = pick("output", "output", "completion", "response", "answer")
         if instruction and output:
             around |= pick("input", "input", "context") | pick("history", "history")
             return Layout("instruction", instruction | output | around)
+        if asked:
+            what = "an output (--output_column)" if instruction else "an instruction (--instruction_column)"
+            raise ValueError(f"questions and answers need {what} too; there are {', '.join(columns)}")
     if pair is not None and len(pair) == 1:
         return Layout("text", {"text": pair[0]})
     if {"chosen", "rejected"} <= set(columns):

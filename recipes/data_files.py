@@ -52,9 +52,11 @@ class Notes:
         return [f"{what}: {count:,}{why.get(what, '')}" for what, count in self.counts.items()]
 
     def where(self, row: dict, number: int) -> str:
-        """Return "row 3 of 'rows.jsonl'" for a row that was read from there, whatever became of the order since."""
+        """Return "row 3 of 'rows.jsonl'" for a row, or some of its columns, whatever became of the order since."""
         for rows, files in self.opened:
-            found = next((i for i, other in enumerate(rows) if other == row), None)
+            if not row.keys() <= set(rows.column_names):
+                continue
+            found = next((i for i, other in enumerate(rows.select_columns(list(row))) if other == row), None)
             if found is not None:
                 for name, length in files:
                     if found < length:

@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any
 
 import torch
@@ -110,15 +110,20 @@ def layouts(train: Dataset, test: Dataset, named: dict[str, str | None], task: s
     return own, other
 
 
+def used(rows: Dataset, layout: Layout) -> Dataset:
+    """Return the columns that are used; pictures and sounds in others need not be opened."""
+    return rows.select_columns(list(dict.fromkeys(layout.columns.values())))
+
+
 def without_shared(train: Dataset, test: Dataset, known: tuple[Layout, Layout], notes: Notes) -> Dataset:
     """Return the test rows that don't occur in `train`, whatever else their columns hold."""
 
     def key(row: dict, layout: Layout) -> str:
-        used = {role: row[column] for role, column in layout.columns.items() if row[column]}
-        return json.dumps(used, sort_keys=True, default=str)
+        filled = {role: row[column] for role, column in layout.columns.items() if row[column]}
+        return json.dumps(filled, sort_keys=True, default=str)
 
-    seen = {key(row, known[0]) for row in train}
-    keep = [i for i, row in enumerate(test) if key(row, known[1]) not in seen]
+    seen = {key(row, known[0]) for row in used(train, known[0])}
+    keep = [i for i, row in enumerate(used(test, known[1])) if key(row, known[1]) not in seen]
     if len(keep) < len(test):
         notes.counts["test rows left out, because they are training rows too"] += len(test) - len(keep)
     if not keep:
@@ -162,7 +167,7 @@ def generation_examples(
     if layout.kind != "text":
         end_of_turn(tokenizer)  # a template that can't be parsed is no fault of a row
     examples = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(used(rows, layout)):
         try:
             if layout.kind == "text":
                 made = text_examples(row[layout.columns["text"]], tokenizer, max_length, notes)
@@ -221,8 +226,9 @@ def count_unused(rows: Dataset, layout: Layout, notes: Notes) -> None:
     """Count the rows that hold something in a column that is not used."""
     others = [name for name in rows.column_names if name not in layout.columns.values()]
     if others:
-        empty = (None, "", [], {})
-        number = sum(any(value not in empty for value in row.values()) for row in rows.select_columns(others))
+        empty = (None, "", [], {}, '""', "[]", "{}")  # or as JSON, which is not read here
+        tables = rows.select_columns(others).with_format("arrow").iter(1000)
+        number = sum(any(v not in empty for v in row.values()) for table in tables for row in table.to_pylist())
         if number:
             notes.counts[f"rows of which {', '.join(others)} is not used"] += number
 
@@ -247,8 +253,8 @@ def prompts(
     rows: Dataset, layout: Layout, tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> list[tuple[list[int], str, int]]:
     """Return (prompt tokens, wanted answer, answer's length in tokens) of each row that fits the context whole."""
-    found = []
-    for row in rows:
+    found, ends = [], end_of_turn(tokenizer)
+    for row in used(rows, layout):
         messages = to_messages(row, layout)
         if not messages:
             continue
@@ -258,9 +264,10 @@ def prompts(
             continue
         last = [message for message in messages if is_learnt(message)][-1]
         ids = encode_pieces(before, tokenizer, answers_only=True)["input_ids"]
-        length = len(tokenizer(answer[0], add_special_tokens=False)["input_ids"])
-        if ids and "tool_calls" not in last and len(ids) + length <= max_length:
-            found.append((ids, last["content"], length))
+        wanted = tokenizer(answer[0], add_special_tokens=False)["input_ids"]
+        if ids and "tool_calls" not in last and len(ids) + len(wanted) <= max_length:
+            written = list(takewhile(lambda token: token not in ends, wanted))  # what generation gives
+            found.append((ids, tokenizer.decode(written, skip_special_tokens=True), len(wanted)))
     return found
 
 
@@ -324,7 +331,7 @@ def classification_examples(
     label, feature = layout.columns["label"], rows.features[layout.columns["label"]]
     ids = {name: i for i, name in enumerate(names)}
     examples = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(used(rows, layout)):
         try:
             texts = [as_text(row[layout.columns[r]], notes.counts) for r in ("text", "text2") if r in layout.columns]
         except ValueError as error:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from text_data import (
     IGNORE,
@@ -38,7 +38,7 @@ ROWS = [
 
 def examples_of(rows, layout, tokenizer, *, max_length=200, answers_only=True, notes=None):
     return generation_examples(
-        Dataset.from_list(rows),
+        rows if isinstance(rows, Dataset) else Dataset.from_list(rows),
         layout,
         tokenizer,
         max_length=max_length,
@@ -92,6 +92,7 @@ def test_the_user_decides_over_what_is_seen():
     assert find_layout(["text", "label"], NOTHING, "generation").kind == "text"
     named = NOTHING | {"instruction": "q", "output": "a"}
     assert find_layout(["q", "a"], named, "auto").columns == {"instruction": "q", "output": "a"}
+    assert find_layout(["q", "a", "messages"], named, "auto").kind == "instruction"
     assert find_layout(["body", "stars"], NOTHING | {"text": "body", "label": "stars"}, "auto").kind == "classification"
 
 
@@ -102,6 +103,8 @@ def test_the_user_decides_over_what_is_seen():
         (["foo", "bar"], {}, "auto", "no known format among the columns foo, bar"),
         (["text"], {}, "classification", "needs a label column"),
         (["label"], {}, "classification", "needs a text column"),
+        (["q", "text"], {"instruction": "q"}, "auto", "need an output .--output_column. too; there are q, text"),
+        (["a", "text"], {"output": "a"}, "auto", "need an instruction .--instruction_column. too"),
     ],
 )
 def test_unknown_columns_are_refused_with_a_sentence(columns, named, task, sentence):
@@ -177,6 +180,24 @@ def test_what_the_model_is_prompted_with_is_what_it_saw_before_the_answer(tokeni
         assert all(label == IGNORE for label in example["labels"][: len(ids)])
         assert length == len(example["input_ids"]) - len(ids)
         assert tokenizer.decode(example["input_ids"][len(ids) :], skip_special_tokens=True) == reference
+
+
+def test_the_wanted_answer_is_what_the_model_would_generate(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ '(thought)' if m.role == 'assistant' }}{{ m.content }}<|eos|>after{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    ((_, wanted, length),) = prompts(Dataset.from_list(ROWS[:1]), INSTRUCTION, tokenizer, max_length=200)
+    assert wanted == "(thought)cba"
+    assert length == len("(thought)cba") + len("after") + 1
+
+
+def test_what_is_not_used_is_not_opened(tokenizer):
+    rows = Dataset.from_list([row | {"picture": {"bytes": b"no picture", "path": None}} for row in ROWS])
+    rows = rows.cast_column("picture", Image())
+    notes = Notes()
+    assert len(examples_of(rows, INSTRUCTION, tokenizer, notes=notes)) == len(ROWS)
+    assert notes.lines() == ["rows of which picture is not used: 2"]
 
 
 def test_generation_stops_where_an_answer_ends(tokenizer):
