@@ -184,7 +184,8 @@ def test_what_the_model_is_prompted_with_is_what_it_saw_before_the_answer(tokeni
 
 def test_the_wanted_answer_is_what_the_model_would_generate(tokenizer):
     tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m.role }}>{{ '(thought)' if m.role == 'assistant' }}{{ m.content }}<|eos|>after{% endfor %}"
+        "{% for m in messages %}<{{ m.role }}>{{ '(thought)' if m.role == 'assistant' }}{{ m.content }}<|eos|>after"
+        "{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     ((_, wanted, length),) = prompts(Dataset.from_list(ROWS[:1]), INSTRUCTION, tokenizer, max_length=200)
