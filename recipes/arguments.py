@@ -10,17 +10,22 @@ import difflib
 import importlib.util
 import inspect
 import json
+import math
+import os
 import re
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
+from huggingface_hub import HfApi
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
 
-from checkpoints import sort_whole, step_of
+from checkpoints import CheckpointError, check_checkpoint, first_line, read_state, sort_whole, step_of
 from sgc import SGC
 from sgc.hf import check_overrides, create_sgc_optimizer
 
@@ -39,6 +44,12 @@ EMBEDDED = {
     "eval_steps": 100,
     "save_total_limit": 1,
 }
+AT_LEAST_ONE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "lora_r",
+)
 EMBEDDED_ROWS = {"train": 4800, "test": 320}
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "galore": "galore_adamw", "apollo": "apollo_adamw", "lion": "lion_32bit"}
 PACKAGES = (  # names of optimizers → module to import, package to install
@@ -65,6 +76,7 @@ class ModelArguments:
     lora_dropout: float = 0.0
     lora_target_modules: str = field(default="all-linear", metadata={"help": "regular expression, or all-linear"})
     load_in_4bit: bool = field(default=False, metadata={"help": "hold the frozen weights in 4 bits (bitsandbytes)"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run the Python code that comes with the model"})
 
 
 @dataclass
@@ -118,7 +130,8 @@ class FinetuneArguments(TrainingArguments):
     smoke: bool = field(default=False, metadata={"help": "ten steps on little data, to see that it runs"})
 
     def __post_init__(self) -> None:
-        self.compare = [self.compare] if isinstance(self.compare, str) else self.compare  # as YAML may give it
+        if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # as YAML may say it
+            self.resume_from_checkpoint = "last" if str(self.resume_from_checkpoint).lower() == "true" else None
         self.optimizer_name = self.optim
         self.optim = trainer_name(self.optim)
         if self.activation_checkpointing is None:
@@ -235,23 +248,26 @@ def parse(
         allow_abbrev=False,
     )
     known = {name for cls in parser.dataclass_types for name in cls.__dataclass_fields__}
+    hints = {name: hint for cls in parser.dataclass_types for name, hint in get_type_hints(cls).items()}
     config: dict[str, Any] = {}
     if argv and argv[0].endswith((".yaml", ".yml")):
-        path, *argv = argv
-        if not Path(path).is_file():
-            raise ValueError(f"the file of arguments '{path}' does not exist")
-        config = yaml.safe_load(Path(path).read_text()) or {}
-        if not isinstance(config, dict):
-            raise ValueError(f"'{path}' must hold lines of the form name: value")
+        config, argv = read_yaml(argv[0]), argv[1:]
     for name in config:
         if name not in known:
             raise ValueError(unknown_argument(str(name), known))
     names = {a.split("=")[0].lstrip("-").replace("-", "_") for a in argv if a.startswith("--")} | config.keys()
     embedded = {"model_name_or_path", "dataset"}.isdisjoint(names)
-    # argparse reads text as it reads the command line; YAML leaves 1e-4 as text
-    texts = {k: str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for k, v in config.items()}
-    parser.set_defaults(**(EMBEDDED if embedded else {}) | texts)
-    *parsed, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    lists = {name: texts_of(name, value) for name, value in config.items() if takes_list(value, hints[name])}
+    parser.set_defaults(**(EMBEDDED if embedded else {}) | lists)
+    words = [w for name, value in config.items() if name not in lists for w in as_words(name, value, hints[name])]
+    try:
+        *parsed, rest = parser.parse_args_into_dataclasses(
+            [*words, *argv], return_remaining_strings=True, look_for_args_file=False
+        )
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.doc!r} is not JSON: {error}") from None
+    except Exception as error:  # transformers' own checks of its arguments, and of the files they name, raise anything
+        raise ValueError(first_line(error)) from error
     if rest:
         raise ValueError(unknown_argument(rest[0].lstrip("-").split("=")[0], known))
     model_args, data_args, args, sgc_args = parsed
@@ -265,6 +281,59 @@ def parse(
         data_args.max_eval_samples = min(data_args.max_eval_samples or 32, 32)
     sgc_kwargs = {k.removeprefix("sgc_"): sgc_value(v) for k, v in vars(sgc_args).items() if v is not None}
     return model_args, data_args, args, sgc_kwargs
+
+
+class PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, a few of which stand for more than memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"it must not use aliases, got *{self.peek_event().anchor}")
+        return super().compose_node(parent, index)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Read a file of arguments.
+
+    Raises:
+        ValueError: a sentence with the rule and the file.
+    """
+    try:
+        config = yaml.load(Path(path).read_text(encoding="utf-8"), PlainLoader)
+    except FileNotFoundError:
+        raise ValueError(f"the file of arguments '{path}' does not exist") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"the file of arguments '{path}' can't be read: {said}") from None
+    if not isinstance(config, dict | None):
+        raise ValueError(f"'{path}' must hold lines of the form name: value")
+    return config or {}
+
+
+def allows(hint: Any, kind: type) -> bool:
+    """Return whether an argument of this type may be a value of that kind."""
+    return kind in (hint, get_origin(hint)) or any(allows(part, kind) for part in get_args(hint))
+
+
+def takes_list(value: Any, hint: Any) -> bool:
+    """Return whether a value is a list, of an argument that may be one."""
+    return isinstance(value, list) and allows(hint, list)
+
+
+def texts_of(name: str, values: list) -> list[str]:
+    """Return the values of a list as the command line has them."""
+    if any(isinstance(value, list | dict) for value in values):
+        raise ValueError(f"--{name} must be a list of single values, got {values}")
+    return [str(value) for value in values]
+
+
+def as_words(name: str, value: Any, hint: Any) -> list[str]:
+    """Return what a line of YAML is on the command line, so that both are read and judged alike."""
+    if value is None:
+        return [f"--{name}=none"] if name.startswith("sgc_") else []
+    if isinstance(value, list) or (isinstance(value, dict) and not (name.startswith("sgc_") or allows(hint, dict))):
+        raise ValueError(f"--{name} must be one value, got {value}")
+    return [f"--{name}={json.dumps(value, default=str) if isinstance(value, dict) else value}"]
 
 
 def unknown_argument(name: str, known: set[str]) -> str:
@@ -304,27 +373,152 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: FinetuneAr
         if (value := getattr(data_args, name)) is not None and value < 1:
             raise ValueError(f"--{name} must be 1 or more, got {value}")
     path = model_args.model_name_or_path
-    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).expanduser().is_dir():
+    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not os.path.isdir(os.path.expanduser(path)):
         made_by = "; python recipes/pretrain_tiny.py makes it" if path == str(TINY_LLAMA) else ""
         raise ValueError(f"model folder '{path}' does not exist{made_by}")
+    check_numbers(model_args, data_args, args)
+    check_rates(args, runs)
+    check_reports(args)
     output = Path(args.output_dir)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output_dir must be a folder, got the file '{output}'")
+    check_folder(output)
     if args.resume_from_checkpoint is not None:
-        checkpoints = {run: checkpoint_of(args, run) for run in runs}
-        if not any(checkpoints.values()):
-            where = args.output_dir if args.resume_from_checkpoint == "last" else args.resume_from_checkpoint
-            raise ValueError(f"there is no whole checkpoint to resume from in '{where}'")
-        for run, found in checkpoints.items():
-            made = found.parent / "run.json" if found else run.folder
-            made_with = json.loads(made.read_text())["optim"] if made.is_file() else run.name
-            if made_with != run.name:
-                raise ValueError(f"the checkpoint '{found}' was made with --optim {made_with}, got --optim {run.name}")
+        check_resumed(args, runs, sgc_kwargs)
     elif output.is_dir() and any(output.iterdir()) and not args.overwrite_output_dir:
         raise ValueError(
             f"output_dir '{output}' is not empty: give another, or --resume_from_checkpoint to go on, "
             "or --overwrite_output_dir to begin anew"
         )
+
+
+def check_numbers(*all_args: Any) -> None:
+    """Refuse numbers that no argument can mean: what is not finite, or negative where not even the default is.
+
+    Raises:
+        ValueError: a sentence with the rule and the value.
+    """
+    for args in all_args:
+        for item in dataclasses.fields(args):
+            value, default = getattr(args, item.name), item.default
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            may_be_negative = isinstance(default, int | float) and default < 0
+            if not math.isfinite(value) or (value < 0 and not may_be_negative):
+                raise ValueError(f"--{item.name} must be {'finite' if may_be_negative else '0 or more'}, got {value}")
+    for name in AT_LEAST_ONE:
+        for args in all_args:
+            if getattr(args, name, 1) < 1:
+                raise ValueError(f"--{name} must be 1 or more, got {getattr(args, name)}")
+
+
+def check_rates(args: FinetuneArguments, runs: list[Run]) -> None:
+    """Let SGC judge the learning rate of every run, and what the optimizers share; AdamW's rules are the same.
+
+    Raises:
+        ValueError: a sentence with the rule and the value.
+    """
+    shared = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, "weight_decay": args.weight_decay}
+    given = "--learning_rate"
+    try:
+        for run, text in zip(runs, ["", *args.compare], strict=True):
+            given = f"--compare {text}" if text else given
+            SGC([torch.nn.Parameter(torch.zeros(2, 2))], lr=run.learning_rate, **shared)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{error} (of {given})") from None
+
+
+def check_reports(args: FinetuneArguments) -> None:
+    """Refuse what can't be reported to: a backend that is not installed, a hub that does not answer.
+
+    Raises:
+        ValueError: a sentence with the rule and the value.
+    """
+    try:
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
+    except (RuntimeError, ImportError, ValueError) as error:
+        raise ValueError(f"--report_to {' '.join(args.report_to)}: {first_line(error)}") from None
+    if args.push_to_hub:
+        try:
+            HfApi().whoami(token=args.hub_token)
+        except Exception as error:  # no token, or whatever the hub's HTTP library raises without a network
+            raise ValueError(f"--push_to_hub needs the hub, which did not answer: {first_line(error)}") from None
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that can't be made or written into, and leave none behind.
+
+    Raises:
+        ValueError: a sentence with the folder and the system's reason.
+    """
+    made = []
+    try:
+        for path in (*reversed(folder.parents), folder):
+            if not path.exists():
+                path.mkdir()
+                made.append(path)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(
+            f"--output_dir must be a folder that can be made and written, '{folder}' can't: {reason}"
+        ) from None
+    finally:
+        for path in reversed(made):
+            path.rmdir()
+
+
+def check_resumed(args: FinetuneArguments, runs: list[Run], sgc_kwargs: dict[str, Any]) -> None:
+    """Refuse to go on from a checkpoint that is not whole, or that another command made.
+
+    Raises:
+        ValueError: a sentence with the rule and the value.
+    """
+    checkpoints = {run: checkpoint_of(args, run) for run in runs}
+    if not any(checkpoints.values()):
+        where = args.output_dir if args.resume_from_checkpoint == "last" else args.resume_from_checkpoint
+        incomplete = sort_whole(Path(where))[1] if args.resume_from_checkpoint == "last" else [Path(where)]
+        why = "it has no folder named checkpoint-…"
+        if incomplete:
+            try:
+                read_state(incomplete[-1])
+            except CheckpointError as error:
+                why = str(error)
+        raise ValueError(f"there is no whole checkpoint to resume from in '{where}': {why}")
+    for run, found in checkpoints.items():
+        if found is None:  # killed before its first one: it begins
+            continue
+        made = made_with(found.parent)
+        if made.get("optim", run.name) != run.name:
+            raise ValueError(f"the checkpoint '{found}' was made with --optim {made['optim']}, got --optim {run.name}")
+        check_checkpoint(found)
+        if run.name != "sgc" or "sgc" not in made:
+            continue
+        given = json.loads(json.dumps(sgc_kwargs, default=str))
+        for name in sorted((made["sgc"].keys() | given.keys()) - {"compressed_gradients", "sample_every"}):
+            then, now = (kwargs.get(name, "its default") for kwargs in (made["sgc"], given))
+            if then != now:
+                raise ValueError(f"the checkpoint '{found}' was made with --sgc_{name} {then}, got {now}")
+
+
+def made_with(folder: Path) -> dict[str, Any]:
+    """Read how the run of a folder was begun; nothing where it does not say so.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    file = folder / "run.json"
+    try:
+        made = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"'{file}', which says how the run was begun, can't be read: {first_line(error)}") from None
+    kinds = (("optim", str), ("sgc", dict), ("lr", float))
+    if not isinstance(made, dict) or any(not isinstance(made.get(name, kind()), kind) for name, kind in kinds):
+        raise ValueError(f"'{file}' must say how the run was begun, got {str(made)[:60]}")
+    if "optim" not in made:
+        raise ValueError(f"'{file}' must name the optimizer of the run as \"optim\", got {str(made)[:60]}")
+    return made
 
 
 def check_sgc(sgc_kwargs: dict[str, Any]) -> None:

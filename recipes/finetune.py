@@ -28,6 +28,8 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,10 +62,11 @@ from arguments import (
     Run,
     check,
     checkpoint_of,
+    made_with,
     parse,
     runs_of,
 )
-from checkpoints import SaveError, WholeCheckpoints, said_if_it_fails, sort_whole
+from checkpoints import SaveError, WholeCheckpoints, first_line, said_if_it_fails, sort_whole
 from sgc.hf import SGCCallback, SGCFactory, find_sgc, parameter_groups
 from word_tasks import instruction_rows
 
@@ -135,9 +138,24 @@ def open_rows(
     return train, test.select(range(min(len(test), args.max_eval_samples or len(test))))
 
 
-def open_tokenizer(path: str) -> PreTrainedTokenizerBase:
+@contextmanager
+def opening(path: str) -> Iterator[None]:
+    """Turn a failure to open a model, its config or its tokenizer into a sentence.
+
+    Raises:
+        ValueError: in the place of whatever transformers raised.
+    """
+    try:
+        yield
+    except Exception as error:  # what lies in a model's folder makes its readers raise anything
+        trust = "; --trust_remote_code runs it" if "trust_remote_code" in str(error) else ""
+        raise ValueError(f"model '{path}' can't be opened: {first_line(error)}{trust}") from error
+
+
+def open_tokenizer(path: str, *, trust: bool) -> PreTrainedTokenizerBase:
     """Open the tokenizer and see to its pad token."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    with opening(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token is None:
@@ -162,10 +180,9 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: Finetune
         ValueError: a sentence with the rule and the value.
     """
     path, notes = model_args.model_name_or_path, text_data.Notes()
-    try:
-        config, tokenizer = AutoConfig.from_pretrained(path), open_tokenizer(path)
-    except OSError as error:
-        raise ValueError(f"model '{path}' can't be opened: {str(error).splitlines()[0]}") from None
+    with opening(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=model_args.trust_remote_code)
+    tokenizer = open_tokenizer(path, trust=model_args.trust_remote_code)
     if config.is_encoder_decoder:
         raise ValueError(f"the model must be a decoder or an encoder, got the encoder-decoder '{config.model_type}'")
     max_length = context_of(config, tokenizer, data_args.max_length)
@@ -225,7 +242,12 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: Finetune
 def load_model(model_args: ModelArguments, job: Job, args: FinetuneArguments) -> torch.nn.Module:
     """Open the model; with --lora, wrap it."""
     auto = transformers.AutoModelForSequenceClassification if job.classifies else transformers.AutoModelForCausalLM
-    options: dict[str, Any] = {"dtype": model_args.dtype, "config": copy.deepcopy(job.config)}
+    options: dict[str, Any] = {
+        "dtype": model_args.dtype,
+        "config": copy.deepcopy(job.config),
+        "trust_remote_code": model_args.trust_remote_code,
+        "weights_only": True,  # of a pytorch_model.bin, which is a pickle
+    }
     if job.classifies:
         options["ignore_mismatched_sizes"] = True  # a head for other classes is made anew
     if model_args.load_in_4bit:
@@ -235,7 +257,8 @@ def load_model(model_args: ModelArguments, job: Job, args: FinetuneArguments) ->
             bnb_4bit_compute_dtype=torch.bfloat16 if args.bf16 else torch.float32,
         )
     transformers.set_seed(args.seed)  # adapters and a new head start alike in every run
-    model = auto.from_pretrained(model_args.model_name_or_path, **options)
+    with opening(model_args.model_name_or_path):
+        model = auto.from_pretrained(model_args.model_name_or_path, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # on a CPU, evaluating would turn 4-bit weights into a form
             module.support_avx512bf16_for_cpu = False  # for inference, through which bitsandbytes has no gradient
@@ -277,6 +300,7 @@ class LossBar(ProgressCallback):
 class StopOnSignal(TrainerCallback):
     """Ctrl-C or SIGTERM ends training after the step under way, with a checkpoint; a second one ends it at once.
 
+    After the last step they wait until the model is saved, for which `restore` is called.
     A scheduler signals a launcher and its processes, and the launcher signals them again: that is one signal.
     """
 
@@ -290,10 +314,11 @@ class StopOnSignal(TrainerCallback):
         if self.since is None:
             self.received, self.since = number, now
         elif now - self.since > ONE_SIGNAL:
-            self._restore()
+            self.restore()
             signal.raise_signal(number)
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Let signals do again what they did before training."""
         for number, handler in self.old.items():
             signal.signal(number, handler)
         self.old = {}
@@ -309,9 +334,6 @@ class StopOnSignal(TrainerCallback):
         if self.received:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self._restore()
-
 
 class RecipeTrainer(WholeCheckpoints, Trainer):
     """transformers' Trainer, whose checkpoints are whole or seen not to be."""
@@ -321,11 +343,12 @@ class BytesHeld(TrainerCallback):
     """Measures what gradients and optimizer state hold, right before and after a step."""
 
     def __init__(self) -> None:
-        self.gradients = self.state = 0
+        self.gradients: int | None = None  # of a run that was over before it began
+        self.state = 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         grads = [p.grad for p in model.parameters() if p.grad is not None]
-        self.gradients = max(self.gradients, report.tensor_bytes(grads))
+        self.gradients = max(self.gradients or 0, report.tensor_bytes(grads))
 
     def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         self.state = report.state_bytes(optimizer)
@@ -412,9 +435,15 @@ def judge(job: Job, trainer: Trainer) -> dict[str, float]:
 
 
 def train(
-    job: Job, run: Run, all_args: tuple[ModelArguments, FinetuneArguments], sgc_kwargs: dict[str, Any], *, first: bool
+    job: Job,
+    run: Run,
+    all_args: tuple[ModelArguments, FinetuneArguments],
+    sgc_kwargs: dict[str, Any],
+    *,
+    first: bool,
+    saved: list[str],
 ) -> dict[str, Any]:
-    """Run one optimizer from the common start and return what came of it."""
+    """Run one optimizer from the common start and return what came of it; what is saved is added to `saved`."""
     model_args, common = all_args
     args = common.for_run(run.name, run.learning_rate, run.folder)
     model = load_model(model_args, job, args)
@@ -428,30 +457,40 @@ def train(
     trained = [p for p in model.parameters() if p.requires_grad]
     count, total = (sum(entries(p) for p in params) for params in (trained, model.parameters()))
     say(f"{run.name}: {count:,} of {total:,} parameters are trained, {trained[0].dtype}, lr {run.learning_rate:g}")
+    checkpoint = checkpoint_of(common, run)
+    dtype = str(trained[0].dtype).removeprefix("torch.")
+    if checkpoint is not None:
+        goes_on(run, checkpoint, dtype)
     engine = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled  # has the model only together with its optimizer
     before = judge(job, trainer) if first and not engine else {}
     if first and engine:
         say("note: DeepSpeed and FSDP take the model when training begins: it is judged after that only")
     if trainer.is_world_process_zero():
-        run.folder.mkdir(parents=True, exist_ok=True)
-        report.write_json(run.folder / "run.json", {"optim": run.name, "sgc": sgc_kwargs, "lr": run.learning_rate})
+        with said_if_it_fails("run.json", run.folder):
+            run.folder.mkdir(parents=True, exist_ok=True)
+            begun = {"optim": run.name, "sgc": sgc_kwargs, "lr": run.learning_rate, "dtype": dtype}
+            report.write_json(run.folder / "run.json", begun)
 
     transformers.set_seed(args.seed)  # whatever was judged before, every run sees the same noise
-    checkpoint = checkpoint_of(common, run)
-    if checkpoint is not None:
-        say(f"{run.name}: goes on from {checkpoint}")
-        for passed in sort_whole(run.folder)[1]:
-            say(f"note: {passed} is not whole, it is passed over")
-    output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     callbacks = {type(c): c for c in trainer.callback_handler.callbacks}
-    stopped, held = callbacks[StopOnSignal].received, callbacks[BytesHeld]
+    stop, held = callbacks[StopOnSignal], callbacks[BytesHeld]
+    try:
+        output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if stop.received and trainer.state.global_step < trainer.state.max_steps:
+            how = "its weights can be gone on from, as --model_name_or_path; --save_only_model left the rest away"
+            if not args.save_only_model:
+                how = "the same command with --resume_from_checkpoint goes on from there"
+            say(f"\ninterrupted: {run.folder}/checkpoint-{trainer.state.global_step} is saved; {how}")
+            sys.exit(128 + stop.received)
+        if first:  # before it is judged, which may take long, or end it
+            save(job, trainer, run.folder)
+            saved.append(f"the model of {run.name} is saved in {run.folder}")
+    finally:
+        stop.restore()
+    if stop.received:
+        raise KeyboardInterrupt(stop.received)
     reported = callbacks[SGCCallback].memory(model) if run.name == "sgc" else {}
-    if stopped and trainer.state.global_step < trainer.state.max_steps:
-        say(
-            f"\ninterrupted: {run.folder}/checkpoint-{trainer.state.global_step} is saved; "
-            "the same command with --resume_from_checkpoint goes on from there"
-        )
-        sys.exit(128 + stopped)
+    state = reported.get("optimizer_state", held.state)
     sgc = find_sgc(trainer.optimizer)
     result = {
         "name": run.name,
@@ -463,7 +502,7 @@ def train(
         "memory": {
             "weights": report.tensor_bytes(model.parameters()),
             "gradients": held.gradients,
-            "optimizer_state": reported.get("optimizer_state", held.state),
+            "optimizer_state": sum(gather_object([state])) if engine else state,  # each process has a part
             "adamw_state": report.ADAMW_BYTES_PER_PARAMETER * count,
         },
         "stats": {} if sgc is None else sgc.stats(),
@@ -472,8 +511,25 @@ def train(
     if first:
         known = [{"step": 0, "eval_loss": before["loss"]}] if before else []
         result["history"] = [*known, *result["history"]]
-        save(trainer, run.folder)
     return result
+
+
+def goes_on(run: Run, checkpoint: Path, dtype: str) -> None:
+    """Say from where a run goes on, and what of its arguments the checkpoint does not follow.
+
+    Raises:
+        ValueError: the weights had another dtype.
+    """
+    made = made_with(checkpoint.parent)
+    if made.get("dtype", dtype) != dtype:
+        raise ValueError(
+            f"the checkpoint '{checkpoint}' was made with weights in {made['dtype']}, got {dtype}: --dtype"
+        )
+    say(f"{run.name}: goes on from {checkpoint}")
+    if made.get("lr", run.learning_rate) != run.learning_rate:
+        say(f"note: it goes on at the learning rate of the checkpoint, {made['lr']:g}, not at {run.learning_rate:g}")
+    for passed in sort_whole(run.folder)[1]:
+        say(f"note: {passed} is not whole, it is passed over")
 
 
 def entries(param: torch.nn.Parameter) -> int:
@@ -481,62 +537,117 @@ def entries(param: torch.nn.Parameter) -> int:
     return getattr(param, "ds_numel", param.numel())
 
 
-def save(trainer: Trainer, folder: Path) -> None:
+def save(job: Job, trainer: Trainer, folder: Path) -> None:
     """Write the model into a folder beside its place, then move its files there."""
     fresh = folder / ".model"
     if trainer.is_fsdp_enabled:  # however the checkpoints are written, the model is put together
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    with said_if_it_fails("the model", folder):
-        trainer.save_model(str(fresh))
-    if trainer.is_world_process_zero():
-        for file in fresh.iterdir():
-            os.replace(file, folder / file.name)
-        fresh.rmdir()
+    main = trainer.is_world_process_zero()
+    try:
+        with said_if_it_fails("the model", folder):
+            if main:
+                shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed
+            trainer.accelerator.wait_for_everyone()
+            trainer.save_model(str(fresh))
+            if main and job.classifies and (fresh / "adapter_config.json").is_file():  # which has no place for classes
+                classes = {"id2label": job.config.id2label, "label2id": job.config.label2id}
+                report.write_json(fresh / "classes.json", classes)
+            if main:
+                for file in fresh.iterdir():
+                    os.replace(file, folder / file.name)
+    finally:
+        if main:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+def check_best(job: Job, args: FinetuneArguments) -> None:
+    """Refuse a best model by what is not measured; transformers would after the first evaluation.
+
+    Raises:
+        ValueError: a sentence with the rule and the value.
+    """
+    measured = ("loss", "accuracy" if job.classifies else "token_accuracy")
+    if (args.metric_for_best_model or "loss").removeprefix("eval_") not in measured:
+        raise ValueError(
+            f"--metric_for_best_model must be one of {', '.join(measured)}, got '{args.metric_for_best_model}'"
+        )
 
 
 def fine_tune(argv: list[str]) -> None:
     """Do the whole job: arguments, data, a run for every optimizer, tables and files."""
     model_args, data_args, args, sgc_kwargs = parse(argv, __doc__)
-    check(model_args, data_args, args, sgc_kwargs)
+    with args.main_process_first(desc="arguments"):  # what one writes to try a folder, the others do not meet
+        check(model_args, data_args, args, sgc_kwargs)
     started = time.perf_counter()
     with args.main_process_first(desc="data"):
         job = prepare(model_args, data_args, args)
+    check_best(job, args)
     runs = runs_of(args)
     if args.overwrite_output_dir and args.resume_from_checkpoint is None and PartialState().is_main_process:
         for old in (*Path(args.output_dir).glob("checkpoint-*"), *Path(args.output_dir).glob("compare-*/checkpoint-*")):
             shutil.rmtree(old)
     results: dict[str, Any] = {"runs": []}
-    for run in runs:
-        results["runs"].append(train(job, run, (model_args, args), sgc_kwargs, first=run is runs[0]))
-    if not PartialState().is_main_process:
-        return
-    results["before"] = results["runs"][0].pop("before")
     packages = [p for p in ("torch", "transformers", "accelerate", "datasets", "peft") if importlib.util.find_spec(p)]
     results["versions"] = {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
     results["arguments"] = {"argv": argv, "model": vars(model_args), "data": vars(data_args), "sgc": sgc_kwargs}
-    results["seconds"] = time.perf_counter() - started
-    output = Path(args.output_dir)
-    report.write_json(output / "results.json", results)
+    saved: list[str] = []
+    try:
+        for run in runs:
+            result = train(job, run, (model_args, args), sgc_kwargs, first=run is runs[0], saved=saved)
+            results.setdefault("before", result.pop("before"))
+            results["runs"].append(result)
+            results["seconds"] = time.perf_counter() - started
+            if PartialState().is_main_process:  # after every run, for a later one may fail
+                with said_if_it_fails("results.json", Path(args.output_dir)):
+                    report.write_json(Path(args.output_dir) / "results.json", results)
+                saved = [*saved, f"its numbers are in {args.output_dir}/results.json"][:2]
+        if PartialState().is_main_process:
+            show(results, Path(args.output_dir))
+    except KeyboardInterrupt as stop:
+        found = [whole[-1] for run in runs if (whole := sort_whole(run.folder)[0])]
+        saved += [f"{checkpoint} is a whole checkpoint" for checkpoint in found]
+        if found and not args.save_only_model:
+            saved.append("the same command with --resume_from_checkpoint goes on from there")
+        say(f"\ninterrupted: {'; '.join(saved) or 'nothing is saved'}")
+        sys.exit(128 + exit_number(stop))
+
+
+def show(results: dict[str, Any], output: Path) -> None:
+    """Print the tables and draw the losses."""
     say(f"\n{report.report(results)}\n\n{output}: the model, results.json, loss.png; {results['seconds']:.0f} s in all")
     if importlib.util.find_spec("matplotlib") is None:
         say("there is no loss.png, for it needs a package: pip install matplotlib")
     else:
-        report.plot_losses(output / "loss.png", results["runs"])
+        with said_if_it_fails("loss.png", output):
+            report.plot_losses(output / "loss.png", results["runs"])
+
+
+def interrupt(number: int, _: Any) -> None:
+    """Treat SIGTERM as Python treats Ctrl-C."""
+    raise KeyboardInterrupt(number)
+
+
+def exit_number(stop: KeyboardInterrupt) -> int:
+    """Return the signal that interrupted."""
+    return stop.args[0] if stop.args else signal.SIGINT
 
 
 def main() -> None:
     """Say bad input in a sentence, and stop."""
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         fine_tune(sys.argv[1:])
-    except ValueError as error:
-        say(f"finetune.py: error: {error}", error=True)
+    except (ValueError, OSError) as error:
+        say(f"finetune.py: error: {' '.join(str(error).split())}", error=True)
         sys.exit(2)
     except SaveError as error:  # of any process: each has a disk of its own
         print(f"finetune.py: error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         say("\ninterrupted: nothing was being trained, nothing is saved")
-        sys.exit(130)
+        sys.exit(128 + exit_number(stop))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

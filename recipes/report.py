@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -56,12 +57,24 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON atomically."""
-    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=2, default=str) + "\n"))
+    """Write JSON atomically; numbers that JSON has not (NaN and the infinities) become null."""
+    text = json.dumps(finite(content), indent=2, default=str, allow_nan=False)
+    write_atomically(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
 
 
-def megabytes(count: int) -> str:
-    """Return bytes in words, such as "3.29 MB"."""
+def finite(value: Any) -> Any:
+    """Return the value with None for every number inside that is not finite."""
+    if isinstance(value, dict):
+        return {finite(name): finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def megabytes(count: int | None) -> str:
+    """Return bytes in words, such as "3.29 MB"; a dash for what was not measured."""
+    if count is None:
+        return "–"
     return f"{count / 1e6:,.2f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
 
 
