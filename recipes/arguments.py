@@ -49,6 +49,8 @@ AT_LEAST_ONE = (
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
     "lora_r",
+    "max_train_samples",
+    "max_eval_samples",
 )
 EMBEDDED_ROWS = {"train": 4800, "test": 320}
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "galore": "galore_adamw", "apollo": "apollo_adamw", "lion": "lion_32bit"}
@@ -130,6 +132,7 @@ class FinetuneArguments(TrainingArguments):
     smoke: bool = field(default=False, metadata={"help": "ten steps on little data, to see that it runs"})
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # as YAML may say it
             self.resume_from_checkpoint = "last" if str(self.resume_from_checkpoint).lower() == "true" else None
         self.optimizer_name = self.optim
@@ -369,14 +372,12 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: FinetuneAr
     for flag, module in ((model_args.lora, "peft"), (model_args.load_in_4bit, "bitsandbytes")):
         if flag and importlib.util.find_spec(module) is None:
             raise ValueError(f"this needs a package: pip install {module}")
-    for name in ("max_train_samples", "max_eval_samples"):
-        if (value := getattr(data_args, name)) is not None and value < 1:
-            raise ValueError(f"--{name} must be 1 or more, got {value}")
     path = model_args.model_name_or_path
     if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not os.path.isdir(os.path.expanduser(path)):
         made_by = "; python recipes/pretrain_tiny.py makes it" if path == str(TINY_LLAMA) else ""
         raise ValueError(f"model folder '{path}' does not exist{made_by}")
-    check_numbers(model_args, data_args, args)
+    check_numbers(model_args)
+    check_numbers(data_args)
     check_rates(args, runs)
     check_reports(args)
     output = Path(args.output_dir)
@@ -390,24 +391,22 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: FinetuneAr
         )
 
 
-def check_numbers(*all_args: Any) -> None:
+def check_numbers(args: Any) -> None:
     """Refuse numbers that no argument can mean: what is not finite, or negative where not even the default is.
 
     Raises:
         ValueError: a sentence with the rule and the value.
     """
-    for args in all_args:
-        for item in dataclasses.fields(args):
-            value, default = getattr(args, item.name), item.default
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            may_be_negative = isinstance(default, int | float) and default < 0
-            if not math.isfinite(value) or (value < 0 and not may_be_negative):
-                raise ValueError(f"--{item.name} must be {'finite' if may_be_negative else '0 or more'}, got {value}")
-    for name in AT_LEAST_ONE:
-        for args in all_args:
-            if getattr(args, name, 1) < 1:
-                raise ValueError(f"--{name} must be 1 or more, got {getattr(args, name)}")
+    for item in dataclasses.fields(args):
+        value, default = getattr(args, item.name), item.default
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        least = 1 if item.name in AT_LEAST_ONE else 0
+        may_be_negative = isinstance(default, int | float) and default < 0
+        if not math.isfinite(value) or (value < least and not may_be_negative):
+            raise ValueError(
+                f"--{item.name} must be {'finite' if may_be_negative else f'{least} or more'}, got {value}"
+            )
 
 
 def check_rates(args: FinetuneArguments, runs: list[Run]) -> None:

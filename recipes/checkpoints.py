@@ -33,7 +33,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 STATE = "trainer_state.json"
 OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_*", "latest")  # of one process, FSDP's two, DeepSpeed
 SCHEDULER = ("scheduler.pt", "latest")
-WEIGHTS = ("*.safetensors", "pytorch_model*", "*/adapter_model.*", "latest")
+WEIGHTS = ("model.safetensors", "*.safetensors*", "pytorch_model*", "*/adapter_model.*", "latest")
 MB = 10**6
 
 
@@ -236,8 +236,8 @@ class WholeCheckpoints:
         with refused_if_it_does_not_fit(checkpoint, "optimizer or scheduler state"):
             super()._load_optimizer_and_scheduler(checkpoint)
             for ours, group in zip(before, self.optimizer.param_groups, strict=True):
-                if ours - set(group) and set(group) - ours:  # a newer torch only adds names
-                    raise ValueError(f"it is of an optimizer with {', '.join(sorted(set(group) - ours))}")
+                if foreign := set(group) - ours - {"param_names", "initial_lr"}:
+                    raise ValueError(f"it is of another optimizer, one with {', '.join(sorted(foreign))}")
             keeps = any("betas" in group for group in self.optimizer.param_groups)
             if keeps and not self.is_deepspeed_enabled and not self.optimizer.state:
                 raise ValueError("it holds no moments")

@@ -1,11 +1,27 @@
 """Arguments: where they come from, and what is refused before any work."""
 
+import dataclasses
 import json
+import sys
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from safetensors.torch import save
 
-from arguments import EMBEDDED, TINY_LLAMA, check, checkpoint_of, parse, runs_of, sgc_value
+import report
+from arguments import (
+    EMBEDDED,
+    TINY_LLAMA,
+    DataArguments,
+    FinetuneArguments,
+    ModelArguments,
+    check,
+    checkpoint_of,
+    parse,
+    runs_of,
+    sgc_value,
+)
 
 
 def judged(*argv: str):
@@ -136,24 +152,146 @@ def test_a_folder_that_holds_something_is_not_written_into(tmp_path):
     judged("--output_dir", str(tmp_path), "--overwrite_output_dir")
 
 
-def checkpoint(folder, step, content=None):
+def checkpoint(folder, step, **content):
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
-    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}) if content is None else content)
+    state = {"global_step": step, "max_steps": 20, "log_history": [], "stateful_callbacks": {}}
+    files = {"trainer_state.json": json.dumps(state).encode(), "model.safetensors": save({"a": torch.zeros(1)})}
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.save({}, path / name)
+    for name, held in (files | content).items():
+        (path / name).write_bytes(held)
     return path
+
+
+def resumed(folder, *argv):
+    """Return the checkpoint that the command would go on from."""
+    _, _, args, _ = judged("--output_dir", str(folder), "--resume_from_checkpoint", *argv)
+    return checkpoint_of(args, runs_of(args)[0])
 
 
 def test_the_last_whole_checkpoint_is_resumed_from(tmp_path):
     checkpoint(tmp_path, 9)
     last = checkpoint(tmp_path, 10)
-    checkpoint(tmp_path, 11, content='{"global_st')  # killed while writing
+    checkpoint(tmp_path, 11, **{"trainer_state.json": b'{"global_st'})  # killed while writing
     (tmp_path / "checkpoint-12").mkdir()
-    _, _, args, _ = judged("--output_dir", str(tmp_path), "--resume_from_checkpoint")
-    assert checkpoint_of(args, runs_of(args)[0]) == last
+    assert resumed(tmp_path) == last
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
     checkpoint(tmp_path, 9)
     (tmp_path / "run.json").write_text('{"optim": "adamw"}')
     with pytest.raises(ValueError, match="was made with --optim adamw, got --optim sgc"):
-        judged("--output_dir", str(tmp_path), "--resume_from_checkpoint")
+        resumed(tmp_path)
+
+
+def test_a_checkpoint_made_with_other_arguments_of_sgc_is_refused(tmp_path):
+    checkpoint(tmp_path, 9)
+    sgc = {"sketch_size": 32, "state_dtype": torch.bfloat16, "compressed_gradients": True}
+    report.write_json(tmp_path / "run.json", {"optim": "sgc", "sgc": sgc, "lr": 1e-3})
+    same = ["--sgc_sketch_size", "32", "--sgc_state_dtype", "bfloat16"]
+    assert resumed(tmp_path, *same).name == "checkpoint-9"  # how gradients are held may change
+    for changed, sentence in (
+        (same[:2], "--sgc_state_dtype torch.bfloat16, got its default"),
+        ([*same, "--sgc_moments", "whitened"], "--sgc_moments its default, got whitened"),
+        (["--sgc_sketch_size", "16", *same[2:]], "--sgc_sketch_size 32, got 16"),
+    ):
+        with pytest.raises(ValueError, match=f"was made with {sentence}"):
+            resumed(tmp_path, *changed)
+
+
+@pytest.mark.parametrize(
+    "content", [b"{}", b"[]", b"2", b'{"optim": "sg', b'{"optim": 1}', b"", b"[" * 100_000, b"\xff"]
+)
+def test_a_damaged_record_of_the_run_is_named(tmp_path, content):
+    checkpoint(tmp_path, 9)
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(ValueError, match="run.json.*(can't be read|must )"):
+        resumed(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "model.safetensors"])
+def test_a_checkpoint_with_a_damaged_file_is_refused_before_any_work(tmp_path, name):
+    path = checkpoint(tmp_path, 9, **{name: b"PK"})
+    with pytest.raises(ValueError, match=f"{path / name}' is damaged: .*; resume from another checkpoint"):
+        resumed(tmp_path)
+    (path / name).unlink()
+    with pytest.raises(ValueError, match=f"checkpoint '{path}' has no .*{name}"):
+        resumed(tmp_path)
+
+
+def test_a_checkpoint_that_is_not_whole_is_named_with_the_reason(tmp_path):
+    path = checkpoint(tmp_path, 9, **{"trainer_state.json": b"2"})
+    for argv in ([], [str(path)]):
+        with pytest.raises(ValueError, match=f"there is no whole checkpoint .*{path / 'trainer_state.json'}' can't be"):
+            judged("--output_dir", str(tmp_path), "--resume_from_checkpoint", *argv)
+
+
+@pytest.mark.parametrize("rate", ["nan", "-1", "inf", "-inf"])
+@pytest.mark.parametrize("argument", ["--learning_rate", "--weight_decay", "--adam_epsilon", "--compare"])
+def test_a_rate_that_is_none_is_refused_whoever_takes_it(argument, rate):
+    for name in ("sgc", "adamw", "sgd"):
+        given = [argument, f"adafactor@{rate}"] if argument == "--compare" else [f"{argument}={rate}"]
+        with pytest.raises(ValueError, match=f"(?s){argument}.* {float(rate)}|{float(rate)}.*{argument}"):
+            judged("--optim", name, *given)
+
+
+NUMBERS = [f.name for kind in (ModelArguments, DataArguments, FinetuneArguments) for f in dataclasses.fields(kind)
+           if {int, float} & {get_type_hints(kind)[f.name], *get_args(get_type_hints(kind)[f.name])}]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_number_may_be_nan_or_infinite(name):
+    for value in ("nan", "inf", "-inf"):
+        with pytest.raises(ValueError, match=f"(?s)--{name}.*{value}"):
+            judged(f"--{name}={value}")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a: &a [x, x]\nb: *a\n", "must not use aliases"),
+        ("\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9 if i else ['x'] * 9)}]" for i in range(9)), "aliases"),
+        ("[" * 100_000, "can't be read"),
+        ("\x00", "can't be read"),
+        ("- max_steps", "must hold lines of the form name: value"),
+        ("max_steps", "must hold lines of the form name: value"),
+        ("? [a]\n: 2", "can't be read"),
+        ("!!python/object/apply:os.system [true]", "can't be read"),
+        ("max_steps: [1]", r"--max_steps must be one value, got \[1\]"),
+        ("max_steps: {a: 1}", "--max_steps must be one value"),
+        ("max_steps: 2020-01-01", "--max_steps.*2020-01-01"),
+        ("learning_rate: fast", "--learning_rate.*fast"),
+        ("compare: [[adamw]]", "--compare must be a list of single values"),
+        ("gradient_checkpointing_kwargs: '{'", "'{' is not JSON"),
+        ("1: 2", "no argument '1'"),
+    ],
+)
+def test_a_file_of_arguments_that_is_none_is_refused_with_a_sentence(tmp_path, text, sentence):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        parse([str(tmp_path / "a.yaml")])
+
+
+def test_a_file_of_arguments_says_what_the_command_line_says(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "resume_from_checkpoint: true\nmax_steps:\nsgc_scale: null\nlr_scheduler_kwargs: {num_cycles: 1}\n"
+        "optim_target_modules: [q_proj]\nlora_target_modules: -x\npacking: true\nanswers_only: false\n"
+    )
+    model, data, args, sgc = parse([str(tmp_path / "a.yaml")])
+    assert (args.resume_from_checkpoint, args.max_steps, sgc) == ("last", -1, {"scale": None})
+    assert (args.lr_scheduler_kwargs, args.optim_target_modules) == ({"num_cycles": 1}, ["q_proj"])
+    assert (model.lora_target_modules, data.packing, data.answers_only) == ("-x", True, False)
+
+
+def test_a_hub_that_does_not_answer_is_said_before_any_work():
+    with pytest.raises(ValueError, match="--push_to_hub needs the hub, which did not answer"):
+        judged("--push_to_hub", "--hub_token", "hf_none")
+
+
+def test_a_backend_that_is_not_installed_is_said_before_any_work(monkeypatch):
+    monkeypatch.setitem(sys.modules, "codecarbon", None)
+    with pytest.raises(ValueError, match="--report_to codecarbon: "):
+        judged("--report_to", "codecarbon")
+    with pytest.raises(ValueError, match="--report_to nobody: "):
+        judged("--report_to", "nobody")
