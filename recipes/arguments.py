@@ -372,6 +372,11 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: FinetuneAr
     for flag, module in ((model_args.lora, "peft"), (model_args.load_in_4bit, "bitsandbytes")):
         if flag and importlib.util.find_spec(module) is None:
             raise ValueError(f"this needs a package: pip install {module}")
+    for name in ("eval_dataset", "dataset_config"):
+        if getattr(data_args, name) is not None and data_args.dataset is None:
+            raise ValueError(f"--{name} must go with --dataset, got '{getattr(data_args, name)}' alone")
+    if isinstance(args.fsdp_config, str):  # transformers reads it with --fsdp only
+        raise ValueError(f"--fsdp_config must go with --fsdp, got '{args.fsdp_config}' alone")
     path = model_args.model_name_or_path
     if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not os.path.isdir(os.path.expanduser(path)):
         made_by = "; python recipes/pretrain_tiny.py makes it" if path == str(TINY_LLAMA) else ""

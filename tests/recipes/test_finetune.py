@@ -110,7 +110,7 @@ def test_signals_within_two_seconds_are_one_and_a_later_one_ends_the_run_at_once
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
     finally:
-        stop.on_train_end()
+        stop.restore()
         signal.signal(signal.SIGINT, inherited)
 
 
