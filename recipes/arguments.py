@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -25,7 +24,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
 
-from checkpoints import CheckpointError, check_checkpoint, first_line, read_state, sort_whole, step_of
+from checkpoints import CheckpointError, check_checkpoint, read_state, sort_whole, step_of
+from federated.files import check_folder, sentence
 from sgc import SGC
 from sgc.hf import check_overrides, create_sgc_optimizer
 
@@ -270,7 +270,7 @@ def parse(
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.doc!r} is not JSON: {error}") from None
     except Exception as error:  # transformers' own checks of its arguments, and of the files they name, raise anything
-        raise ValueError(first_line(error)) from error
+        raise ValueError(sentence(error)) from error
     if rest:
         raise ValueError(unknown_argument(rest[0].lstrip("-").split("=")[0], known))
     model_args, data_args, args, sgc_args = parsed
@@ -306,7 +306,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"the file of arguments '{path}' does not exist") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
+        said = " ".join(str(error).split())  # YAML says what and where in several lines
         raise ValueError(f"the file of arguments '{path}' can't be read: {said}") from None
     if not isinstance(config, dict | None):
         raise ValueError(f"'{path}' must hold lines of the form name: value")
@@ -386,7 +386,8 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: FinetuneAr
     check_rates(args, runs)
     check_reports(args)
     output = Path(args.output_dir)
-    check_folder(output)
+    for run in runs:
+        check_folder(run.folder, "--output_dir")
     if args.resume_from_checkpoint is not None:
         check_resumed(args, runs, sgc_kwargs)
     elif output.is_dir() and any(output.iterdir()) and not args.overwrite_output_dir:
@@ -440,35 +441,12 @@ def check_reports(args: FinetuneArguments) -> None:
         for callback in get_reporting_integration_callbacks(args.report_to):
             callback()
     except (RuntimeError, ImportError, ValueError) as error:
-        raise ValueError(f"--report_to {' '.join(args.report_to)}: {first_line(error)}") from None
+        raise ValueError(f"--report_to {' '.join(args.report_to)}: {sentence(error)}") from None
     if args.push_to_hub:
         try:
             HfApi().whoami(token=args.hub_token)
         except Exception as error:  # no token, or whatever the hub's HTTP library raises without a network
-            raise ValueError(f"--push_to_hub needs the hub, which did not answer: {first_line(error)}") from None
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that can't be made or written into, and leave none behind.
-
-    Raises:
-        ValueError: a sentence with the folder and the system's reason.
-    """
-    made = []
-    try:
-        for path in (*reversed(folder.parents), folder):
-            if not path.exists():
-                path.mkdir()
-                made.append(path)
-        tempfile.TemporaryFile(dir=folder).close()
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(
-            f"--output_dir must be a folder that can be made and written, '{folder}' can't: {reason}"
-        ) from None
-    finally:
-        for path in reversed(made):
-            path.rmdir()
+            raise ValueError(f"--push_to_hub needs the hub, which did not answer: {sentence(error)}") from None
 
 
 def check_resumed(args: FinetuneArguments, runs: list[Run], sgc_kwargs: dict[str, Any]) -> None:
@@ -516,7 +494,7 @@ def made_with(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"'{file}', which says how the run was begun, can't be read: {first_line(error)}") from None
+        raise ValueError(f"'{file}', which says how the run was begun, can't be read: {sentence(error)}") from None
     kinds = (("optim", str), ("sgc", dict), ("lr", float))
     if not isinstance(made, dict) or any(not isinstance(made.get(name, kind()), kind) for name, kind in kinds):
         raise ValueError(f"'{file}' must say how the run was begun, got {str(made)[:60]}")

@@ -28,8 +28,6 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +64,8 @@ from arguments import (
     parse,
     runs_of,
 )
-from checkpoints import SaveError, WholeCheckpoints, first_line, said_if_it_fails, sort_whole
+from checkpoints import SaveError, WholeCheckpoints, said_if_it_fails, sort_whole
+from federated.files import opening, sentence
 from sgc.hf import SGCCallback, SGCFactory, find_sgc, parameter_groups
 from word_tasks import instruction_rows
 
@@ -138,23 +137,9 @@ def open_rows(
     return train, test.select(range(min(len(test), args.max_eval_samples or len(test))))
 
 
-@contextmanager
-def opening(path: str) -> Iterator[None]:
-    """Turn a failure to open a model, its config or its tokenizer into a sentence.
-
-    Raises:
-        ValueError: in the place of whatever transformers raised.
-    """
-    try:
-        yield
-    except Exception as error:  # what lies in a model's folder makes its readers raise anything
-        trust = "; --trust_remote_code runs it" if "trust_remote_code" in str(error) else ""
-        raise ValueError(f"model '{path}' can't be opened: {first_line(error)}{trust}") from error
-
-
 def open_tokenizer(path: str, *, trust: bool) -> PreTrainedTokenizerBase:
     """Open the tokenizer and see to its pad token."""
-    with opening(path):
+    with opening("model", path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -180,7 +165,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: Finetune
         ValueError: a sentence with the rule and the value.
     """
     path, notes = model_args.model_name_or_path, text_data.Notes()
-    with opening(path):
+    with opening("model", path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=model_args.trust_remote_code)
     tokenizer = open_tokenizer(path, trust=model_args.trust_remote_code)
     if config.is_encoder_decoder:
@@ -257,7 +242,7 @@ def load_model(model_args: ModelArguments, job: Job, args: FinetuneArguments) ->
             bnb_4bit_compute_dtype=torch.bfloat16 if args.bf16 else torch.float32,
         )
     transformers.set_seed(args.seed)  # adapters and a new head start alike in every run
-    with opening(model_args.model_name_or_path):
+    with opening("model", model_args.model_name_or_path):
         model = auto.from_pretrained(model_args.model_name_or_path, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # on a CPU, evaluating would turn 4-bit weights into a form
@@ -637,8 +622,9 @@ def main() -> None:
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         fine_tune(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        say(f"finetune.py: error: {' '.join(str(error).split())}", error=True)
+    except (ValueError, OSError, ImportError) as error:
+        said = sentence(error) if isinstance(error, OSError) else " ".join(str(error).split())
+        say(f"finetune.py: error: {said}", error=True)
         sys.exit(2)
     except SaveError as error:  # of any process: each has a disk of its own
         print(f"finetune.py: error: {error}", file=sys.stderr)
