@@ -51,6 +51,10 @@ class Notes:
         why = {what: f" (the first is {reason})" for what, reason in self.reasons.items()}
         return [f"{what}: {count:,}{why.get(what, '')}" for what, count in self.counts.items()]
 
+    def left_out(self) -> str:
+        """Return why rows were left out, as the end of a sentence."""
+        return "".join(f"; {line}" for line in self.lines() if "left out" in line)
+
     def where(self, row: dict, number: int) -> str:
         """Return "row 3 of 'rows.jsonl'" for a row, or some of its columns, whatever became of the order since."""
         for rows, files in self.opened:

@@ -58,7 +58,7 @@ def examples(
         made += own
         kept += [number] * len(own)
     if not made:
-        raise ValueError(f"no example is left of {len(rows)} rows")
+        raise ValueError(f"no example is left of {len(rows)} rows{notes.left_out()}")
     width = max(len(example["input_ids"]) for example in made)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = torch.full((len(made), width), pad or 0)

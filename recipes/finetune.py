@@ -209,9 +209,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: Finetune
         say(f"note: {line}")
     if not train or not test:
         kind, left_of = ("test", test_rows) if train else ("training", train_rows)
-        raise ValueError(
-            f"no {kind} example is left of {len(left_of):,} rows" + "".join(f"; {n}" for n in notes.lines())
-        )
+        raise ValueError(f"no {kind} example is left of {len(left_of):,} rows{notes.left_out()}")
     say(text_data.first_example(train[0], tokenizer, names))
     if data_args.packing and layout.kind != "classification":
         before, train = len(train), text_data.pack(train, max_length)

@@ -120,9 +120,9 @@ def without_shared(train: Dataset, test: Dataset, known: tuple[Layout, Layout], 
 
     def key(row: dict, layout: Layout) -> str:
         filled = {role: row[column] for role, column in layout.columns.items() if row[column]}
-        return json.dumps(filled, sort_keys=True, default=str)
+        return json.dumps(filled, sort_keys=True, default=str) if filled.keys() - {"label"} else ""  # left out later on
 
-    seen = {key(row, known[0]) for row in used(train, known[0])}
+    seen = {key(row, known[0]) for row in used(train, known[0])} - {""}
     keep = [i for i, row in enumerate(used(test, known[1])) if key(row, known[1]) not in seen]
     if len(keep) < len(test):
         notes.counts["test rows left out, because they are training rows too"] += len(test) - len(keep)

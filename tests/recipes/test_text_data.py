@@ -348,6 +348,12 @@ def test_a_row_that_differs_in_its_number_alone_is_the_same_row(tmp_path):
         split(*paths, config=None, eval_fraction=0.1, seed=0, notes=Notes())
 
 
+@pytest.mark.parametrize("row", [{"text": None}, {"messages": []}, {"text": "", "label": 1}])
+def test_empty_rows_are_no_training_rows_too(tmp_path, row):
+    path = written(tmp_path / "rows.jsonl", [row] * 10)
+    assert len(split(path, None, config=None, eval_fraction=0.3, seed=0, notes=Notes())[1]) == 3
+
+
 def test_splits_that_are_not_used_are_named(tmp_path):
     for name in ("train", "test", "validation"):
         written(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}"} for i in range(3)])
