@@ -50,13 +50,17 @@ def test_a_plan_as_json_is_json_and_a_plot_is_drawn(model, capsys, tmp_path):
         (["llama-3-8b", "--gpu-memory", "lots"], "memory must be a positive amount"),
         (["llama-3-8b", "--batch-size", "0"], "batch size must be a whole number of at least 1, got 0"),
         (["llama-3-8b", "--sequence-length", "9000"], "at most the model's 8192 positions, got 9000"),
-        (["llama-3-8b", "--world-size", "0"], "world size must be a whole number of at least 1, got 0"),
+        (
+            ["llama-3-8b", "--world-size", "0"],
+            "world size must be a whole number of at least 1 and at most 65536, got 0",
+        ),
         (
             ["gpt2", "--gpu-memory", "24"],
-            "memory must be at least the 1,000,000,000 bytes kept free, got '24': 24 bytes",
+            """memory must be a positive amount with its unit, such as "24GB" or "24GiB", got '24'""",
         ),
+        (["gpt2", "--gpu-memory", "24MB"], "memory must be at least the 1,000,000,000 bytes kept free, got '24MB'"),
         (["gpt2", "--strategy", "zero2"], "--strategy zero2 needs --world-size"),
-        (["gpt2", "--plot", "no/such/plan.png"], "--plot needs a folder that is there, got 'no/such/plan.png'"),
+        (["gpt2", "--plot", "no/such/plan.png"], "the plot 'no/such/plan.png' can't be written: No such file"),
     ],
 )
 def test_bad_input_ends_in_one_sentence_and_code_2(arguments, words, capsys):

@@ -1,13 +1,19 @@
 """A plan against what really happens: peers' states to the byte, peaks under torch's own tracker, and refusals."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib
+import inspect
 import json
+import pickle
 import warnings
 
 import pytest
 import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoConfig, LlamaConfig
@@ -17,8 +23,9 @@ from benchmarks import memory, peers
 from sgc import compiled, zero
 from sgc import memory as codec_memory
 from sgc.planner import BUILT_IN, PlanError, adapters, optimizers, plan
-from sgc.planner.models import check_run, load_config, make_model, parse_bytes
+from sgc.planner.models import LEARNERS, check_run, load_config, make_model, parse_bytes, quiet
 from sgc.planner.plan import _compressed
+from sgc.planner.report import check_plot
 from sgc.planner.sharding import Devices, _blocks
 from sgc.planner.trace import Held, Info, Run, Trace, Tracker, checkpointed, fake, infos, loss_of, trace
 
@@ -112,9 +119,11 @@ def test_a_folder_a_file_and_a_configuration_are_the_same_model(tmp_path):
     [
         ("24GB", 24 * 10**9),
         ("24GiB", 24 * 2**30),
-        ("24e9", 24 * 10**9),
+        ("24e9B", 24 * 10**9),
         ("1.5 gb", 1.5 * 10**9),
+        (".5G", 5 * 10**8),
         (7, 7),
+        (7.9, 7),
         ("2MiB", 2**21),
     ],
 )
@@ -122,10 +131,56 @@ def test_amounts_of_memory_are_understood(text, size):
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "24 pounds", "0", "1.2.3GB", "inf", "nan", "1e999", "24i"])
-def test_other_amounts_of_memory_are_refused(text):
-    with pytest.raises(PlanError, match="memory must be a positive amount"):
-        parse_bytes(text)
+BAD_SIZES = [
+    "",
+    "GB",
+    "-1GB",
+    "24 pounds",
+    "24 gigs",
+    "0GB",
+    "1.2.3GB",
+    "inf",
+    "nan",
+    "nanGB",
+    "1e999GB",
+    "24i",
+    "24iB",
+]
+BAD_SIZES += [
+    "1e-20GB",
+    "24",
+    "24e9",
+    "2",
+    "٣GB",
+    "9" * 5000 + "GB",
+    -1,
+    0.5,
+    float("nan"),
+    float("inf"),
+    10**400,
+    True,
+]
+
+
+@pytest.mark.parametrize("size", BAD_SIZES, ids=[f"{str(size)[:12]!r}" for size in BAD_SIZES])
+def test_every_size_is_judged_alike_and_one_without_a_unit_refused(size):
+    for name, words in (
+        ("gpu_memory", "memory must be a positive amount"),
+        ("reserve", "the reserve must be an amount"),
+    ):
+        if size != "0GB" or name != "reserve":
+            with pytest.raises(PlanError, match=words):
+                plan(tiny(), sequence_length=8, optimizers=["sgd"], **{"gpu_memory": "24GB", name: size})
+
+
+@given(st.text(alphabet="0123456789.eE+- kKmMgGtTiIbB", max_size=8) | st.text(max_size=8) | st.floats() | st.integers())
+def test_a_size_is_a_number_of_bytes_or_refused(size):
+    try:
+        held = parse_bytes(size)
+    except PlanError:
+        return
+    assert 1 <= held < 2**63
+    assert not isinstance(size, str) or size.strip()[-1].lower() in "kmgtib"
 
 
 @pytest.mark.parametrize(
@@ -135,23 +190,25 @@ def test_other_amounts_of_memory_are_refused(text):
         ({"batch_size": 0}, "batch size must be a whole number of at least 1, got 0"),
         ({"sequence_length": 65}, "at most the model's 64 positions, got 65"),
         ({"dtype": "int8"}, "dtype must be one of fp32, bf16, fp16, got 'int8'"),
-        ({"world_size": 0}, "world size must be a whole number of at least 1, got 0"),
-        ({"world_size": 2.5}, "world size must be a whole number of at least 1, got 2.5"),
+        ({"world_size": 0}, "world size must be a whole number of at least 1 and at most 65536, got 0"),
+        ({"world_size": 2.5}, "world size must be .* at most 65536, got 2.5"),
         ({"gpu_memory": 24}, "at least the 1,000,000,000 bytes kept free, got 24: 24 bytes"),
         ({"optimizers": []}, "a list of at least one spec, got \\[\\]"),
         ({"optimizers": "sgd"}, "a list of at least one spec, got 'sgd'"),
-        ({"lora_rank": 0}, "rank must be at least 1, got 'lora\\(rank=0\\)'"),
-        ({"optimizers": ["galore(rank=-5)"]}, "rank must be at least 1, got 'galore\\(rank=-5\\)'"),
+        ({"lora_rank": 0}, "rank must be a whole number of at least 1, got 0, in 'lora\\(rank=0\\)'"),
+        ({"optimizers": ["galore(rank=-5)"]}, "rank must be a whole number of at least 1, got -5"),
         ({"world_size": 2, "strategy": "magic"}, "strategy must be one of ddp, fsdp2"),
         ({"gpu_memory": "much"}, "memory must be a positive amount"),
         ({"loss": "other"}, 'loss must be "plain" or "chunked"'),
         ({"optimizers": ["adamm"]}, "an optimizer must be one of sgc, attached"),
-        ({"optimizers": ["lora(rank=x)"]}, "with whole numbers, got 'lora\\(rank=x\\)'"),
+        ({"optimizers": ["lora(rank=x)"]}, "a whole number of at least 1, got 'x', in 'lora\\(rank=x\\)'"),
+        ({"optimizers": ["sgc(rank=4000)"]}, "rank must be at most"),
+        ({"sequence_length": True}, "sequence length must be a whole number of at least 1, got True"),
         (
             {"model": classifier(), "batch_size": 2},
             "Classification refuses a batch of 2 x 16 tokens: .* no padding token",
         ),
-        ({"model": AutoConfig.for_model("clip")}, "a causal language model or a classifier, got CLIPConfig"),
+        ({"model": AutoConfig.for_model("clip")}, "a language model or a classifier of text, got CLIPConfig"),
     ],
 )
 def test_what_is_not_possible_is_refused_in_a_sentence(kwargs, words):
@@ -173,6 +230,352 @@ def test_the_weights_of_a_model_have_the_dtype_and_the_head_that_are_asked_for()
         models = [make_model(config, torch.bfloat16) for config in (tiny(), classifier())]
     assert [type(model).__name__ for model in models] == ["LlamaForCausalLM", "LlamaForSequenceClassification"]
     assert {param.dtype for model in models for param in model.parameters()} == {torch.bfloat16}
+
+
+SMALL = {
+    "hidden_size": 64,
+    "d_model": 64,
+    "n_embd": 64,
+    "intermediate_size": 96,
+    "d_ff": 96,
+    "ffn_dim": 96,
+    "head_dim": 16,
+}
+SMALL |= dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4)
+SMALL |= dict.fromkeys(
+    ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 2
+)
+SMALL |= {"num_key_value_heads": 2, "depth": 2, "vocab_size": 320, "pad_token_id": 0, "d_kv": 16}
+
+
+def small(model_type):
+    """A configuration of this type, as small as its own checks let it be; None where it has no default."""
+
+    def sizes(kind):
+        return {name: size for name, size in SMALL.items() if isinstance(getattr(kind(), name, None), int)}
+
+    kind, parts = transformers.CONFIG_MAPPING[model_type], {}
+    for name in {"text_config", "vision_config"} & kind.sub_configs.keys():
+        with contextlib.suppress(Exception):  # of configurations that are never made alone
+            parts[name] = sizes(kind.sub_configs[name])
+    for arguments in (lambda: {**sizes(kind), **parts}, lambda: sizes(kind), lambda: parts, dict):
+        with contextlib.suppress(Exception), quiet():  # as where heads must divide something else
+            return kind(**arguments())
+    return None
+
+
+def real_size(name, config):
+    with torch.device("meta"), quiet():
+        return sum(param.numel() for param in getattr(transformers, name)(config).parameters())
+
+
+FAMILIES = {
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "llava": "LlavaForConditionalGeneration",
+    "mllama": "MllamaForConditionalGeneration",
+    "paligemma": "PaliGemmaForConditionalGeneration",
+    "bert": "BertForMaskedLM",
+    "t5": "T5ForConditionalGeneration",
+    "bart": "BartForConditionalGeneration",
+    "mamba": "MambaForCausalLM",
+    "mamba2": "Mamba2ForCausalLM",
+    "falcon_h1": "FalconH1ForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "jamba": "JambaForCausalLM",
+    "bamba": "BambaForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+}
+VISION = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION |= {"image_size": 28, "patch_size": 14}
+TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320}
+MORE = {  # what transformers wants to be told of a small one
+    "mamba2": {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "num_hidden_layers": 2, "vocab_size": 320},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 8, "mamba_d_head": 16},
+    "qwen2_5_vl": {"vision_config": {"depth": 2, "hidden_size": 64, "num_heads": 4, "out_hidden_size": 64}},
+    "llava": {
+        "vision_config": {"model_type": "clip_vision_model", **VISION},
+        "text_config": {"model_type": "llama", **TEXT},
+    },
+    "paligemma": {"vision_config": VISION, "text_config": {"model_type": "gemma", "head_dim": 16, "num_key_value_heads": 2, **TEXT}},
+}
+
+
+def family(model_type):
+    known = {} if model_type in ("mamba2", "llava", "paligemma") else small(model_type).to_diff_dict()
+    return AutoConfig.for_model(**{"model_type": model_type, **known, **MORE.get(model_type, {})})
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_model_that_is_planned_is_the_one_that_would_be_trained(model_type, tmp_path):
+    config = family(model_type)
+    config.architectures = [FAMILIES[model_type]]
+    config.save_pretrained(tmp_path)
+    found = plan(str(tmp_path), sequence_length=16, optimizers=["sgd", "attached", "lora", "qlora"])
+    assert found.architecture == FAMILIES[model_type]
+    assert found.parameters == real_size(found.architecture, config)
+    assert f"({found.architecture}): {found.parameters:,} parameters" in found.table()
+    whole, compressed, lora, qlora = found.rows
+    assert whole.peak > 2 * found.parameters
+    assert compressed.state > 0
+    assert lora.state > 0
+    assert (qlora.note == "") is (model_type not in ("mamba", "granitemoehybrid", "jamba", "bamba"))
+
+
+@pytest.mark.slow
+def test_every_class_that_transformers_knows_for_text_is_planned_as_itself_or_refused():
+    types = {kind.model_type for name in LEARNERS.values() for kind in getattr(transformers, name)}
+    planned, refused = set(), set()
+    for config in filter(None, map(small, sorted(types))):
+        for mapping in map(functools.partial(getattr, transformers), LEARNERS.values()):
+            known = mapping.get(type(config), ())
+            for name in {one.__name__ for one in (known if isinstance(known, tuple) else (known,))}:
+                config.architectures = [name]
+                try:
+                    with torch.device("meta"):
+                        model = make_model(config, torch.float32)
+                except PlanError:
+                    refused.add(name)
+                    continue
+                assert type(model).__name__ == name
+                assert sum(param.numel() for param in model.parameters()) == real_size(name, config), name
+                planned.add(name)
+    assert len(planned) > 400
+    assert len(refused) < 0.2 * len(planned)
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        (
+            ["BertModel"],
+            "names BertModel, and a plan knows how to train BertForMaskedLM, BertLMHeadModel, .* of its kind",
+        ),
+        (["LlavaLlamaForCausalLM"], "names LlavaLlamaForCausalLM"),
+        (["LlamaForCausalLM"], "names LlamaForCausalLM"),
+        ([3], "a list of names of classes, got \\[3\\]"),
+        ("BertForMaskedLM", "a list of names of classes, got 'BertForMaskedLM'"),
+    ],
+)
+def test_a_class_that_is_no_learner_of_words_is_refused_and_no_other_planned(named, words):
+    config = small("bert")
+    with contextlib.suppress(Exception):  # transformers may refuse it first
+        config.architectures = named
+    config.__dict__["architectures"] = named
+    with pytest.raises(PlanError, match=words):
+        plan(config, optimizers=["sgd"])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changed", "name"),
+    [
+        ("bert", {}, "BertForMaskedLM"),
+        ("bert", {"is_decoder": True}, "BertLMHeadModel"),
+        ("llama", {}, "LlamaForCausalLM"),
+        ("bart", {}, "BartForConditionalGeneration"),
+        ("gemma3", {}, "Gemma3ForConditionalGeneration"),
+    ],
+)
+def test_a_configuration_that_names_no_class_has_one_found_and_said(model_type, changed, name):
+    config = small(model_type)
+    for word, value in changed.items():
+        setattr(config, word, value)
+    with torch.device("meta"):
+        assert type(make_model(config, torch.bfloat16)).__name__ == name
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"num_labels": 1}, {"num_labels": 3}, {"num_labels": 3, "problem_type": "multi_label_classification"}],
+    ids=["a number", "classes", "labels"],
+)
+def test_a_classifier_is_planned_by_what_it_is_to_say(changed):
+    assert plan(classifier(**changed), sequence_length=16, optimizers=["sgd"]).rows[0].peak > 0
+
+
+def test_what_no_token_reaches_is_said_and_its_gradients_counted():
+    found = plan(family("gemma3"), sequence_length=16, optimizers=["sgc"])
+    assert 0 < found.unreached < found.parameters
+    assert f"no token reaches {found.unreached:,} of the parameters" in found.table()
+    assert found.rows[0].at_peak.gradients == 2 * found.parameters
+    assert "no token" not in plan(tiny(), sequence_length=16, optimizers=["sgd"]).table()
+
+
+def test_a_mamba_is_planned_as_its_kernel_scans_and_a_loop_over_tokens_is_refused(monkeypatch):
+    long, short = (trace(Run(family("mamba"), torch.float32, 1, n, False)) for n in (64, 16))
+    assert len(long.moments) == len(short.moments)
+    states = max(held.activations for held in long.moments)
+    assert states < 64 * 2 * 128 * 16 * 4  # one fp32 state (channels, states) for each token and layer
+    monkeypatch.setattr("sgc.planner.trace.MOST_MOMENTS", 200)
+    with pytest.raises(PlanError, match="at most 200 operations: take shorter sequences"):
+        plan(tiny(), sequence_length=16, optimizers=["sgd"])
+
+
+# ---- configurations that make no sense -------------------------------------------------------------------------------
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128}
+LLAMA |= {"num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 128, "max_position_embeddings": 64}
+LLAMA |= {"hidden_act": "silu", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "head_dim": 32}
+ODD = ["x", "", [64], [], {}, {"a": 1}, None, True, 0, -1, 1.5, 1e30, 10**9, 10**30, float("nan"), float("inf"), "64"]
+
+
+@contextlib.contextmanager
+def refusal():
+    """What is said, if a plan is refused."""
+    told = []
+    try:
+        yield told
+    except PlanError as error:
+        told.append(str(error))
+
+
+def planned(folder, content):
+    (folder / "config.json").write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    return plan(str(folder), sequence_length=8, optimizers=["sgd"])
+
+
+@pytest.mark.parametrize("name", LLAMA)
+def test_any_value_in_a_configuration_has_a_plan_or_a_sentence(name, tmp_path):
+    assert planned(tmp_path, LLAMA).parameters > 0
+    for value in ODD:
+        with refusal() as told:
+            assert planned(tmp_path, {**LLAMA, name: value}).rows[0].peak > 0
+        said = "".join(told)
+        assert "\n" not in said
+        assert len(said) < 800
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "holds no configuration"),
+        (b"[1]", "holds no configuration"),
+        (b'"x"', "holds no configuration"),
+        (b"[" * 100_000, "holds no configuration"),
+        (b'{"model_type": "llama", "hidden_size": ' + b"9" * 6000 + b"}", "holds no configuration"),
+        (b'{"model_type": "\xff"}', "holds no configuration"),
+        (b'{"hidden_size": 64}', "names no model_type"),
+        (b'{"model_type": "llamma"}', "holds no configuration"),
+        (b'{"model_type": "qwen2", "num_hidden_layers": 1000000000}', "num_hidden_layers must be at most 100,000"),
+        (
+            b'{"model_type": "gemma3", "text_config": {"num_hidden_layers": 1000000000}}',
+            "text_config.num_hidden_layers",
+        ),
+        (b'{"model_type": "bert", "num_labels": 1000000000}', "num_labels must be at most 100,000"),
+        (b'{"model_type": "llama", "num_hidden_layers": 50000}', "at most 20,000 tensors"),
+        (b'{"model_type": "llama", "vocab_size": 1000000000000}', "at most 10,000,000,000,000 parameters"),
+        (b'{"model_type": "llama", "vocab_size": 0}', "model.embed_tokens.weight has no entries"),
+        (b'{"model_type": "bert", "hidden_size": 9999996, "intermediate_size": 9}', "4,194,304 columns"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_a_file_that_is_no_configuration_is_refused_for_what_is_wrong(content, words, tmp_path):
+    with pytest.raises(PlanError, match=words) as caught:
+        planned(tmp_path, content)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_whose_every_tensor_is_kept_dense_has_a_plan():
+    found = plan(tiny(hidden_size=16, intermediate_size=32, head_dim=4, vocab_size=64), sequence_length=8)
+    notes = {row.optimizer: row.note for row in found.rows if row.note}
+    assert set(notes.values()) == {"no gradient can be compressed: every trained tensor is smaller than its min_size"}
+    assert all("attached" in name for name in notes)
+    assert len(found.table().splitlines()) > len(found.rows)
+
+
+OWN = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path({ran!r}).touch()
+class OwnConfig(LlamaConfig):
+    model_type = {model_type!r}
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.mark.parametrize("model_type", ["own", "llama"])
+def test_a_models_own_code_runs_only_where_it_is_trusted(model_type, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question on stdin"))
+    folder, ran = tmp_path / f"model_{model_type}", tmp_path / "ran"
+    folder.mkdir()
+    (folder / "own.py").write_text(OWN.format(ran=str(ran), model_type=model_type))
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    own |= {"model_type": model_type, "auto_map": dict(own), "architectures": ["OwnModel"]}
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **own}))
+    kwargs = {"sequence_length": 8, "optimizers": ["sgd"]}
+    with pytest.raises(PlanError, match="comes with code of its own .* trust_remote_code"):
+        plan(str(folder), **kwargs)
+    assert not ran.exists()
+    found = plan(str(folder), trust_remote_code=True, **kwargs)
+    assert ran.exists()
+    assert found.architecture == "OwnModel"
+    assert found.parameters == real_size("LlamaForCausalLM", AutoConfig.for_model(**LLAMA))
+
+
+# ---- specs -----------------------------------------------------------------------------------------------------------
+
+BAD_SPECS = [
+    "sgc(sketch_size:32)",
+    "sgc(sketch_size 32)",
+    "sgc(rank)",
+    "sgc(32)",
+    "galore(64)",
+    "lora(8)",
+    "sgd(momentum)",
+]
+BAD_SPECS += [
+    "sgc(sketch_size=8, sketch_size=8)",
+    "sgc(**x)",
+    "sgc(*x)",
+    "sgc(sketch_size=8",
+    "sgc)",
+    "sgc(sketch_size=8))",
+]
+BAD_SPECS += [
+    "",
+    "()",
+    "sgc + sgd",
+    "sgc(sketch_size=f(1))",
+    "sgc(betas={})",
+    "sgc(sketch_size=b'1')",
+    "(" * 9000,
+    "\0",
+]
+BAD_SPECS += ["sgc(sketch_sizes=8)", "sgc(params=8)", "sgc(sketch_size=-8)", "sgc(sketch_size=x)", "sgc(moments=none)"]
+BAD_SPECS += ["sgd(lr=1)", "adafactor(rank=8)", "adamw_fused(state=int8)", "adamw_fused(state=8)", "lora(r=8)"]
+BAD_SPECS += ["galore(rank=1.5)", "galore(rank=True)", "apollo(rank='8')", "qlora(rank=0)", "attached(sample_every=0)"]
+BAD_SPECS += [
+    "attached(sketch_size=8, sample_every=8)",
+    "attached(sample_every=1.5)",
+    "attached(rank=4)",
+    "attached(sparsity=2)",
+]
+
+
+@pytest.mark.parametrize("spec", BAD_SPECS, ids=[spec[:40] for spec in BAD_SPECS])
+def test_a_spec_that_is_not_understood_is_refused(spec):
+    with pytest.raises(PlanError) as caught:
+        optimizers.contender(spec, torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+@given(st.text(alphabet="sgcdlora(rank=8,) ket_:'", max_size=24) | st.text(max_size=12))
+def test_any_spec_is_an_optimizer_or_refused(spec):
+    with contextlib.suppress(PlanError):
+        assert spec.strip().partition("(")[0].strip() in optimizers.contender(spec, torch.float32).spec
+
+
+@pytest.mark.parametrize("name", optimizers.SGC_ARGUMENTS)
+def test_a_spec_takes_every_argument_of_sgc_and_its_checks(name):
+    default = inspect.signature(sgc.SGC).parameters[name].default
+    word = str(default).removeprefix("torch.") if isinstance(default, torch.dtype) else repr(default)
+    assert optimizers.contender(f"sgc({name}={word})", torch.float32).sgc == {
+        name: word if isinstance(default, torch.dtype) else default
+    }
+    with pytest.raises(PlanError, match="nonsense"):
+        optimizers.contender(f"sgc({name}=nonsense)", torch.float32)
 
 
 # ---- the trace -------------------------------------------------------------------------------------------------------
@@ -631,6 +1034,13 @@ def test_a_step_on_zeros_pieces_holds_the_squares_of_one_or_the_sketches_of_all(
     assert sketched > max(sketches, plain)
 
 
+def test_under_ddp_no_bucket_is_made_for_gradients_that_are_compressed():
+    """What is left are the norms' gradients, which are kept whole."""
+    alone, ddp = (plan(tiny(), sequence_length=8, world_size=n, optimizers=["attached"]).rows[0] for n in (1, 2))
+    whole = [info for info in infos(real(tiny(), torch.bfloat16)) if len(info.shape) == 1]
+    assert ddp.peak - alone.peak == sum(info.bytes for info in whole)
+
+
 def test_under_ddp_the_buckets_hold_every_whole_gradient_again():
     alone, ddp = (plan(tiny(), sequence_length=8, world_size=n, optimizers=["sgd"]).rows[0] for n in (1, 2))
     assert ddp.peak - alone.peak == sum(info.bytes for info in infos(real(tiny(), torch.bfloat16)))
@@ -648,6 +1058,20 @@ def test_the_largest_sketch_that_fits_fits_and_the_next_does_not():
     assert found.largest_sketch == 24
     assert [row.fits for row in found.rows] == [True, True, False]
     assert plan(config, gpu_memory=1000, optimizers=ladder, **kwargs).largest_sketch is None
+
+
+def test_nothing_is_measured_for_rows_that_were_not_asked_for(monkeypatch):
+    def measured(*_):
+        raise AssertionError("SGC was measured")
+
+    for name in ("_measure_step", "_measure_attached"):
+        monkeypatch.setattr(optimizers, name, measured)
+    found = plan(tiny(), sequence_length=8, gpu_memory="24GB", optimizers=["sgd", "adamw_fused"])
+    assert "largest" not in found.table()
+    assert "largest" not in found.json()
+    assert pickle.loads(pickle.dumps(found)) == found
+    with pytest.raises(AssertionError, match="SGC was measured"):
+        found.largest_sketch  # noqa: B018  # sought when it is asked for
 
 
 def test_a_gigabyte_is_kept_free_unless_told_otherwise():
@@ -669,6 +1093,30 @@ def test_a_plan_is_json_a_table_and_a_picture(tmp_path):
     assert found.table(color=True).count("\033[32m") == 2
     found.save_plot(tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "name", ["plan", "plan.xyz", ".png", "folder.png", "no/such/plan.png", "x" * 300 + ".png", "\0.png"]
+)
+def test_a_plot_that_cant_be_written_is_refused_and_what_is_there_left(name, tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(PlanError, match="a plot must be a file that ends in|can't be written") as caught:
+        check_plot(tmp_path / name)
+    assert name[:8].strip("\0") in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_plot_is_checked_without_a_trace_and_drawn_with_any_name_of_a_model(tmp_path):
+    (tmp_path / "there.PNG").write_text("as it was")
+    check_plot(tmp_path / "there.PNG")
+    check_plot(tmp_path / "plan.svg")
+    assert [path.name for path in tmp_path.iterdir()] == ["there.PNG"]
+    assert (tmp_path / "there.PNG").read_text() == "as it was"
+    found = plan(tiny(), sequence_length=8, optimizers=["sgd"])
+    dataclasses.replace(found, model="a$\\b$ {").save_plot(tmp_path / "plan.svg")
+    with pytest.raises(PlanError, match="nothing to draw"):
+        dataclasses.replace(found, rows=()).save_plot(tmp_path / "plan.svg")
 
 
 def test_llama_3_8b_meets_the_goal_of_20_gb_by_plan():

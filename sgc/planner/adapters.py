@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from sgc.planner.models import PlanError
 from sgc.planner.trace import is_linear
 
 BLOCK = 64  # entries of NF4 that share a scale
+SCANS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # whose `out_proj` peft refuses to adapt
 SCALES = 256  # scales that share one of their own, under double quantization
 
 
@@ -31,13 +33,15 @@ def qlora(model: Any, rank: int) -> nn.Module:
 def _adapted(model: Any, rank: int, four_bits: bool) -> nn.Module:
     head = model.get_output_embeddings()
     classifier = [part for name in ("score", "classifier") if (part := getattr(model, name, None)) is not None]
+    scans = model.config.model_type in SCANS
+    whole = getattr(model, "_keep_in_fp32_modules", None) or ()  # which transformers quantizes for none
     kept = {id(module) for part in (head, *classifier) if part is not None for module in part.modules()}
     for param in model.parameters():
         param.requires_grad_(False)
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if is_linear(layer) and id(layer) not in kept:
-                setattr(parent, name, Adapted(layer, rank, four_bits))
+            if is_linear(layer) and id(layer) not in kept and not (scans and name == "out_proj"):
+                setattr(parent, name, Adapted(layer, rank, four_bits and name not in whole))
     for number, part in enumerate(classifier):  # peft trains a copy of it and keeps the first
         first = nn.Module()
         for name, param in part.named_parameters():
@@ -67,6 +71,19 @@ class Adapted(nn.Module):
         self.base = FourBitLinear(base, rows, cols) if four_bits else base
         self.lora_A = nn.Parameter(torch.empty(rank, cols, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.empty(rows, rank, dtype=torch.float32))
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's own weight, which some models use without the layer, as they do peft's."""
+        if isinstance(self.base, FourBitLinear):
+            raise PlanError("not in 4 bits: this model uses a layer's weight without the layer")
+        found: Tensor = self.base.get_parameter("weight")
+        return found
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's own bias."""
+        return dict(self.base.named_parameters()).get("bias")
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the adapter's product, made in fp32."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import functools
+import inspect
 import math
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from torch import nn
 from sgc import memory
 from sgc.codec.layout import make_layout
 from sgc.optimizer import SGC
-from sgc.planner.models import DTYPES, PlanError
+from sgc.planner.models import DTYPES, PlanError, is_size
 from sgc.planner.trace import Info, Tracker
 
 FP32 = 4
@@ -58,35 +59,80 @@ def contender(spec: str, dtype: torch.dtype) -> Contender:
     """Make a contender of a spec such as "galore(rank=128)"; weights are of this dtype.
 
     Raises:
-        PlanError: there is no such optimizer.
+        PlanError: there is no such optimizer, or it does not take what the spec gives it.
     """
-    name, _, words = spec.rstrip(")").partition("(")
-    pairs = dict(pair.split("=") for pair in words.replace(" ", "").split(",") if "=" in pair)
-    makers: dict[str, Callable[[], Contender]] = {
-        "sgc": lambda: sgc(**_numbers(pairs)),
-        "attached": lambda: attached(**_numbers(pairs)),
-        "adamw_fused": lambda: adamw(DTYPES[pairs["state"]] if "state" in pairs else dtype),
+    makers: dict[str, Callable[..., Contender]] = {
+        "sgc": sgc,
+        "attached": attached,
+        "adamw_fused": lambda state=None: adamw(dtype if state is None else _dtype(state)),
         "adamw8bit": lambda: ADAMW_8BIT,
         "adafactor": lambda: ADAFACTOR,
-        "galore": lambda: galore(**_numbers({"rank": "128", **pairs})),
-        "apollo": lambda: apollo(**_numbers({"rank": "256", **pairs})),
-        "lora": lambda: adapters("lora", **_numbers({"rank": "8", **pairs})),
-        "qlora": lambda: adapters("qlora", **_numbers({"rank": "8", **pairs})),
+        "galore": lambda rank=128: galore(_rank(rank)),
+        "apollo": lambda rank=256: apollo(_rank(rank)),
+        "lora": lambda rank=8: adapters("lora", _rank(rank)),
+        "qlora": lambda rank=8: adapters("qlora", _rank(rank)),
         "sgd": lambda: SGD,
     }
-    if name in ("galore", "apollo", "lora", "qlora") and re.fullmatch(r"0+|-\d+", pairs.get("rank", "")):
-        raise PlanError(f"the rank must be at least 1, got {spec!r}")
+    name, given = _parsed(spec)
+    if name not in makers:
+        raise PlanError(f"an optimizer must be one of {', '.join(makers)}, got {spec!r}")
+    known = list(inspect.signature(makers[name]).parameters)
+    if name in ("sgc", "attached"):
+        known = [*known[:-1], *SGC_ARGUMENTS]
+    for word in given:
+        if word not in known:
+            raise PlanError(f"{name} takes {', '.join(known) if known else 'no arguments'}, got {word} in {spec!r}")
     try:
-        return replace(makers[name](), spec=spec)
-    except (KeyError, ValueError, TypeError) as error:
-        raise PlanError(f"an optimizer must be one of {', '.join(makers)} with whole numbers, got {spec!r}") from error
+        return replace(makers[name](**given), spec=spec)
+    except (ValueError, TypeError, OverflowError, ImportError) as error:  # what SGC says of its arguments
+        raise PlanError(f"{error}, in {spec!r}") from error
 
 
-def _numbers(pairs: dict[str, str]) -> dict[str, Any]:
-    return {name: int(value) for name, value in pairs.items()}
+def _parsed(spec: str) -> tuple[str, dict[str, Any]]:
+    """Take "name" or "name(word=value, …)" apart; a value is a literal, or a word without quotes."""
+    try:
+        call = ast.parse(spec.strip(), mode="eval").body
+        if isinstance(call, ast.Name):
+            return call.id, {}
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args:
+            words = [str(pair.arg) for pair in call.keywords]  # of ** it is None, which no optimizer takes
+            if len(set(words)) == len(words):
+                return call.func.id, dict(zip(words, map(_value, call.keywords), strict=True))
+    except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError, MemoryError):
+        pass  # what ast raises of words that are no Python
+    raise PlanError(f"an optimizer must be a name, or name(word=value, …) with every word once, got {spec!r}")
+
+
+def _value(pair: ast.keyword) -> Any:
+    if isinstance(pair.value, ast.Name):
+        return pair.value.id
+    found = ast.literal_eval(pair.value)
+    found = tuple(found) if isinstance(found, list) else found
+    if not all(isinstance(one, (str, int, float)) or one is None for one in _each(found)):
+        raise ValueError("a value must be a number, a word or some of them")
+    return found
+
+
+def _each(found: Any) -> tuple[Any, ...]:
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _dtype(word: Any) -> torch.dtype:
+    if word not in DTYPES:
+        raise PlanError(f"the state must be one of {', '.join(DTYPES)}, got {word!r}")
+    return DTYPES[word]
+
+
+def _rank(rank: Any) -> int:
+    if not is_size(rank):
+        raise PlanError(f"the rank must be a whole number of at least 1, got {rank!r}")
+    return int(rank)
 
 
 # ---- SGC -------------------------------------------------------------------------------------------------------------
+
+
+SGC_ARGUMENTS = list(inspect.signature(SGC).parameters)[1:]  # all but the parameters
 
 
 def sgc(**kwargs: Any) -> Contender:
@@ -107,18 +153,25 @@ def sgc(**kwargs: Any) -> Contender:
     return Contender(f"sgc({words})" if words else "sgc", f"SGC({words})", state, step, shared, sgc=kwargs)
 
 
-def attached(sample_every: int = 8, **kwargs: Any) -> Contender:
+def attached(sample_every: int | None = None, **kwargs: Any) -> Contender:
     """SGC with compressed gradients."""
     whole = sgc(**kwargs)
-    attach = {} if kwargs.get("sketch_size") else {"sample_every": sample_every}
+    if kwargs.get("sketch_size"):
+        if sample_every is not None:
+            raise PlanError("sample_every is for gradients without a sketch: leave it out, or sketch_size")
+        attach = {}
+    else:
+        attach = {"sample_every": 8 if sample_every is None else sample_every}
+    any_layer = nn.Linear(4096, 4096, bias=False, device="meta")
+    SGC(any_layer.parameters(), **{**kwargs, "min_size": 0}).attach(any_layer, **attach).detach()  # its own checks
+    every = attach.get("sample_every", 8)
     words = ", ".join(f"{name}={value}" for name, value in {**kwargs, **attach}.items())
     options = tuple(sorted(kwargs.items()))
 
     def step(infos: Sequence[Info]) -> int:
-        return max((attached_temporaries(info, options, sample_every)[1] for info in _largest(infos)), default=0)
+        return max((attached_temporaries(info, options, every)[1] for info in _largest(infos)), default=0)
 
-    every = "" if kwargs.get("sketch_size") else f", sample_every={sample_every}"
-    label = f"{whole.label} attached{every}"
+    label = f"{whole.label} attached" + (f", sample_every={every}" if attach else "")
     return replace(whole, spec=f"attached({words})", label=label, step=step, attach=attach, sharded=False)
 
 
@@ -131,9 +184,20 @@ def hook_temporaries(infos: Sequence[Info], contender: Contender) -> dict[tuple[
 
 
 def compressor_entries(model: nn.Module, contender: Contender) -> dict[str, int]:
-    """Give the fp32 numbers held of each compressed gradient, by name; `model` is on the meta device."""
+    """Give the fp32 numbers held of each compressed gradient, by name; `model` is on the meta device.
+
+    Raises:
+        PlanError: SGC refuses the model's parameters, as where `rank` is larger than one of their sides.
+        ValueError: no gradient can be compressed.
+    """
     assert contender.sgc is not None  # asked of SGC alone
-    optimizer = SGC(model.parameters(), **contender.sgc).attach(model, **(contender.attach or {}))
+    try:
+        optimizer = SGC(model.named_parameters(), **contender.sgc)
+    except (ValueError, TypeError) as error:
+        raise PlanError(f"{error}, in {contender.spec!r}") from error
+    if contender.attach is None:
+        return {}
+    optimizer.attach(model, **contender.attach)
     names: dict[torch.Tensor, str] = {param: name for name, param in model.named_parameters()}
     assert optimizer._compressor is not None  # attached
     entries = {names[param]: slot.entries for param, slot in optimizer._compressor.slots.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,16 +13,7 @@ import torch
 
 from sgc.planner import adapters, report
 from sgc.planner.models import DTYPES, PlanError, check_run, load_config, make_model, parse_bytes
-from sgc.planner.optimizers import (
-    FP32,
-    Contender,
-    attached,
-    compressor_entries,
-    contender,
-    hook_temporaries,
-    sgc,
-    specs,
-)
+from sgc.planner.optimizers import FP32, Contender, compressor_entries, contender, hook_temporaries, specs
 from sgc.planner.sharding import Devices
 from sgc.planner.trace import Held, Info, Run, Trace, infos, trace
 
@@ -55,6 +46,7 @@ class Plan:
     """A planned training step: what it is of, and what each optimizer would need for it."""
 
     model: str
+    architecture: str  # the class that is trained
     parameters: int
     dtype: str
     batch_size: int
@@ -66,8 +58,27 @@ class Plan:
     budget: int | None  # bytes of a device
     reserve: int  # bytes of it kept for what is not tensors
     rows: tuple[Row, ...]
-    largest_sketch: int | None  # k of the largest sketch that fits with whole gradients
-    largest_compressed_sketch: int | None  # and with compressed ones
+    unreached: int = 0  # parameters that no token reaches, as those of images
+    named: bool = False  # whether the rows were named, and not left to the plan
+    _seek: Callable[[str], int | None] = field(repr=False, compare=False, kw_only=True)
+
+    @functools.cached_property
+    def largest_sketch(self) -> int | None:
+        """The k of the largest sketch that fits with whole gradients; sought when it is asked for."""
+        return self._seek("sgc")
+
+    @functools.cached_property
+    def largest_compressed_sketch(self) -> int | None:
+        """The k of the largest sketch that fits with compressed gradients; sought when it is asked for."""
+        return self._seek("attached")
+
+    @property
+    def sketches(self) -> dict[str, int | None]:
+        """What a table and JSON say of the largest sketches: nothing where rows were named, since it takes a while."""
+        if self.named:
+            return {}
+        names = ("largest_sketch", "largest_compressed_sketch")
+        return {name: getattr(self, name) for name in names}
 
     def table(self, color: bool = False) -> str:
         """Lay the plan out as a table; what fits is green if there is colour."""
@@ -75,17 +86,18 @@ class Plan:
 
     def json(self) -> str:
         """Give the plan as JSON; all sizes are bytes."""
-        held = asdict(self)
-        for row, found in zip(held["rows"], self.rows, strict=True):
-            row["at_peak"] = None if found.at_peak is None else found.at_peak._asdict()
-            row["peak"] = found.peak
-        return json.dumps(held, indent=2)
+        held = {part.name: getattr(self, part.name) for part in fields(self) if part.repr}
+        held["rows"] = [
+            asdict(row) | {"at_peak": row.at_peak and row.at_peak._asdict(), "peak": row.peak} for row in self.rows
+        ]
+        return json.dumps(held | self.sketches, indent=2)
 
     def save_plot(self, path: str | Path) -> None:
         """Draw the rows as stacked bars with the budget as a line.
 
         Raises:
             ImportError: matplotlib is not there.
+            PlanError: the path can't be written, or matplotlib draws no such file.
         """
         report.save_plot(self, path)
 
@@ -106,13 +118,14 @@ def plan(
     galore_rank: int = 128,
     apollo_rank: int = 256,
     optimizers: Sequence[str] | None = None,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """Say what a training step of a model would hold on one device, under each optimizer, without making a weight.
 
     Args:
         model: a built-in shape such as "llama-3-8b", a folder, a config.json, a name on the Hugging Face hub, or a
             configuration.
-        gpu_memory: of a device, as "24GB", "24GiB" or bytes; None: nothing is said about what fits.
+        gpu_memory: of a device, as "24GB" or "24GiB"; a number counts bytes; None: nothing is said about what fits.
         batch_size: rows on each device.
         sequence_length: tokens of a row; None: 2048, or all the positions that the model has.
         gradient_checkpointing: recompute the activations of every block in backward.
@@ -120,38 +133,44 @@ def plan(
         loss: "plain", as the model computes it, or "chunked", with torch's linear_cross_entropy (torch 2.13).
         world_size: devices.
         strategy: how they share, "ddp", "fsdp2", "zero1", "zero2" or "zero3".
-        reserve: memory kept for the CUDA context, workspaces and fragmentation; default 1 GB where memory is given.
+        reserve: memory kept for the CUDA context, workspaces and fragmentation, as `gpu_memory` or 0; default 1 GB
+            where memory is given.
         lora_rank: of LoRA and QLoRA.
         galore_rank: of GaLore.
         apollo_rank: of APOLLO.
         optimizers: specs of the rows wanted, as "attached(sample_every=34)" or "galore(rank=64)"; default: a choice.
+        trust_remote_code: let the code run that a model brings along.
 
     Raises:
         PlanError: the model is not known, or the step not possible; one sentence that says why. It is a ValueError.
 
     Source: ours.
     """
-    config = load_config(model)
+    config = load_config(model, trust_remote_code=trust_remote_code)
     sequence_length = check_run(config, batch_size, sequence_length)
     if dtype not in DTYPES:
         raise PlanError(f"the dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if loss not in ("plain", "chunked"):
         raise PlanError(f'the loss must be "plain" or "chunked", got {loss!r}')
     budget = None if gpu_memory is None else parse_bytes(gpu_memory)
-    kept = (0 if budget is None else 10**9) if reserve is None else 0 if reserve in (0, "0") else parse_bytes(reserve)
+    kept = 10**9 if budget is not None else 0
+    if reserve is not None:
+        kept = parse_bytes(reserve, "the reserve", zero=True)
     if budget is not None and budget < kept:
         raise PlanError(f"memory must be at least the {kept:,} bytes kept free, got {gpu_memory!r}: {budget:,} bytes")
     if optimizers is not None and (isinstance(optimizers, str) or not optimizers):
         raise PlanError(f"the optimizers must be a list of at least one spec, got {optimizers!r}")
     devices = Devices(world_size, strategy)
-    run = Run(config, DTYPES[dtype], batch_size, sequence_length, gradient_checkpointing, loss == "chunked")
+    named = specs(DTYPES[dtype], lora_rank, galore_rank, apollo_rank) if optimizers is None else optimizers
+    wanted = [contender(spec, DTYPES[dtype]) for spec in named]
+    chunked = loss == "chunked"
+    run = Run(config, DTYPES[dtype], batch_size, sequence_length, gradient_checkpointing, chunked, trust_remote_code)
     planner = _Planner(run, devices)
-    named = optimizers if optimizers is not None else specs(run.dtype, lora_rank, galore_rank, apollo_rank)
-    wanted = [contender(spec, run.dtype) for spec in named]
     room = None if budget is None else budget - kept
     rows = tuple(planner.row(one, room) for one in wanted)
     return Plan(
         model=model if isinstance(model, str) else type(model).__name__,
+        architecture=type(planner.meta).__name__,
         parameters=sum(info.numel for info in planner.params),
         dtype=dtype,
         batch_size=batch_size,
@@ -163,8 +182,9 @@ def plan(
         budget=budget,
         reserve=kept,
         rows=rows,
-        largest_sketch=planner.largest(lambda k: sgc(sketch_size=k), room),
-        largest_compressed_sketch=planner.largest(lambda k: attached(sketch_size=k), room),
+        unreached=planner.trace(None).unreached,
+        named=optimizers is not None,
+        _seek=functools.partial(planner.largest, room=room),
     )
 
 
@@ -173,37 +193,57 @@ class _Planner:
 
     def __init__(self, run: Run, devices: Devices) -> None:
         self.run, self.devices = run, devices
-        self._traces: dict[tuple[str, int] | None, Trace] = {}
+        self._traces: dict[tuple[str, int] | None, Trace | PlanError] = {}
         with torch.device("meta"):
-            self.meta = make_model(run.config, run.dtype)
+            self.meta = make_model(run.config, run.dtype, trust_remote_code=run.trust_remote_code)
         self.params = infos(self.meta)
 
     def row(self, one: Contender, room: int | None) -> Row:
-        """Plan one optimizer."""
+        """Plan one optimizer; what it can't do with this model is a note."""
+        impossible = functools.partial(Row, one.label, one.spec, 0, None, None if room is None else False)
         if self.devices.shards and not one.sharded:
-            note = f"not under {self.devices.strategy}"
-            return Row(one.label, one.spec, 0, None, None if room is None else False, note=note)
-        traced = self.trace(one.adapter)
+            return impossible(note=f"not under {self.devices.strategy}")
+        try:
+            traced = self.trace(one.adapter)
+        except PlanError as error:
+            if one.adapter is None:
+                raise
+            return impossible(note=str(error))
+        try:
+            entries = {} if one.sgc is None else compressor_entries(self.meta, one)
+        except PlanError:
+            raise
+        except ValueError as error:  # every tensor is so small that its gradient is kept whole
+            return impossible(note=str(error))
         state = self.devices.state(one, traced.params)
-        entries = compressor_entries(self.meta, one) if one.attach is not None else {}
         peak = max(self.moments(one, traced, state, entries), key=lambda held: held.total)
         fits = None if room is None else peak.total <= room
         held = state + FP32 * sum(entries.values())
         return Row(one.label, one.spec, held, peak, fits, estimated=not self.devices.alone)
 
     def trace(self, adapter: tuple[str, int] | None) -> Trace:
-        """Trace forward and backward once for each kind of problem."""
+        """Trace forward and backward once for each kind of problem.
+
+        Raises:
+            PlanError: the model refuses the step.
+        """
         if adapter not in self._traces:
             adapt = None
             if adapter is not None:
                 put = {"lora": adapters.lora, "qlora": adapters.qlora}[adapter[0]]
                 adapt = functools.partial(put, rank=adapter[1])
-            self._traces[adapter] = trace(self.run, adapt)
-        return self._traces[adapter]
+            try:
+                self._traces[adapter] = trace(self.run, adapt)
+            except PlanError as error:
+                self._traces[adapter] = error
+        found = self._traces[adapter]
+        if isinstance(found, PlanError):
+            raise found
+        return found
 
     def moments(self, one: Contender, traced: Trace, state: int, entries: Mapping[str, int]) -> Iterator[Held]:
         """Yield what is held at every moment of backward in which it may be most, and in the step."""
-        share, weights, more = self.devices.around(traced.params)
+        share, weights, more = self.devices.around(traced.params, entries)
         buffers = traced.moments[0].weights - sum(info.bytes for info in traced.params)
         weights += buffers
         trained = [info for info in traced.params if info.trained]
@@ -218,14 +258,14 @@ class _Planner:
         step = self.devices.step(one, trained)
         yield on_device(Held(gradients=left, temporaries=step + more.temporaries))
 
-    def largest(self, make: Callable[[int], Contender], room: int | None) -> int | None:
-        """Find the largest sketch that fits."""
+    def largest(self, kind: str, room: int | None) -> int | None:
+        """Find the k of the largest sketch that fits, with whole gradients ("sgc") or "attached" ones."""
         if room is None:
             return None
         low, high = -1, len(SKETCHES)  # fits, and does not
         while high - low > 1:
             middle = (low + high) // 2
-            if self.row(make(SKETCHES[middle]), room).fits:
+            if self.row(contender(f"{kind}(sketch_size={SKETCHES[middle]})", self.run.dtype), room).fits:
                 low = middle
             else:
                 high = middle

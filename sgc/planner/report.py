@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sgc.planner.models import PlanError
 from sgc.planner.trace import KINDS
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ def table(plan: Plan, color: bool) -> str:
 
 def _line(row: Row, width: int, widths: list[int], unit: int, color: bool) -> str:
     if row.at_peak is None:
-        return f"{row.optimizer.ljust(width)}  {row.note.rjust(widths[0])}"
+        return f"{row.optimizer.ljust(width)}  {row.note}"
     cells = [row.state, *row.at_peak, row.at_peak.total]
     numbers = "  ".join(_number(cell / unit).rjust(size) for cell, size in zip(cells, widths, strict=True))
     line = f"{row.optimizer.ljust(width)}  {numbers}{'  fits' if row.fits else ''}"
@@ -48,7 +50,7 @@ def _unit(plan: Plan) -> tuple[str, int]:
 
 
 def _of(plan: Plan) -> str:
-    said = [f"{plan.model}: {plan.parameters:,} parameters in {plan.dtype}"]
+    said = [f"{plan.model} ({plan.architecture}): {plan.parameters:,} parameters in {plan.dtype}"]
     said.append(f"{plan.batch_size} × {plan.sequence_length} tokens")
     said += ["gradient checkpointing"] * plan.gradient_checkpointing + ["chunked loss"] * (plan.loss == "chunked")
     if plan.world_size > 1:
@@ -61,25 +63,54 @@ def _of(plan: Plan) -> str:
 def _notes(plan: Plan, name: str, unit: int) -> list[str]:
     notes = ["", "state: all that the optimizer ever holds, compressed gradients counted."]
     if plan.budget is not None:
-        for what, k in (
-            ("whole gradients", plan.largest_sketch),
-            ("compressed gradients", plan.largest_compressed_sketch),
-        ):
+        gradients = {"largest_sketch": "whole gradients", "largest_compressed_sketch": "compressed gradients"}
+        for which, k in plan.sketches.items():
             found = f"sketch_size={k} of 256" if k is not None else "none"
-            notes.append(f"largest sketch that fits, with {what}: {found}")
+            notes.append(f"largest sketch that fits, with {gradients[which]}: {found}")
+    if plan.unreached:
+        notes.append(
+            f"no token reaches {plan.unreached:,} of the parameters, as those for images: their gradients and state "
+            "are counted, activations of theirs are not."
+        )
     if any(row.estimated for row in plan.rows):
         notes.append("estimates: buckets, gathered layers and gradients on their way; state and shards are exact.")
     return notes
 
 
-def save_plot(plan: Plan, path: str | Path) -> None:
-    """Draw stacked bars, one per optimizer, and the budget."""
+def check_plot(path: str | Path) -> None:
+    """Refuse a path that no plot can be written to.
+
+    Raises:
+        ImportError: matplotlib is not there.
+        PlanError: the path can't be written, or matplotlib draws no such file.
+    """
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise ImportError('a plot needs matplotlib: pip install "sgc[hf]"') from error
+    suffix, known = Path(path).suffix.lower(), [f".{name}" for name in FigureCanvasBase.get_supported_filetypes()]
+    if suffix not in known:
+        raise PlanError(f"a plot must be a file that ends in one of {', '.join(sorted(known))}, got {str(path)!r}")
+    try:
+        before = os.path.lexists(path)
+        with open(path, "ab"):  # which leaves what is there as it is
+            pass
+        if not before:
+            os.unlink(path)
+    except (OSError, ValueError) as error:  # a folder, no right to it, no folder to put it in; a name that none can be
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise PlanError(f"the plot {str(path)!r} can't be written: {reason}") from error
+
+
+def save_plot(plan: Plan, path: str | Path) -> None:
+    """Draw stacked bars, one per optimizer, and the budget."""
+    check_plot(path)
+    from matplotlib.figure import Figure
+
     name, unit = _unit(plan)
     rows = [row for row in reversed(plan.rows) if row.at_peak is not None]
+    if not rows:
+        raise PlanError("there is nothing to draw: none of the optimizers is possible")
     figure = Figure(figsize=(8.5, 0.34 * len(rows) + 1.4), layout="constrained")
     axis = figure.subplots()
     labels = [row.optimizer for row in rows]
@@ -93,9 +124,12 @@ def save_plot(plan: Plan, path: str | Path) -> None:
     if plan.budget is not None:
         axis.axvline((plan.budget - plan.reserve) / unit, color="0.6", linestyle="--", linewidth=1, zorder=0)
     axis.set_xlabel(f"{name} on each device at the peak")
-    figure.suptitle("\n".join(textwrap.wrap(_of(plan), 110)), fontsize=8)
+    figure.suptitle("\n".join(textwrap.wrap(_of(plan), 110)), fontsize=8, parse_math=False)
     axis.tick_params(labelsize=8)
     axis.margins(x=0.08)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=7, ncols=5, frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.9 / len(rows)))
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:  # as of a disk that is full
+        raise PlanError(f"the plot {str(path)!r} can't be written: {error.strerror or error}") from error

@@ -7,7 +7,7 @@ cuts them. Estimates are what a strategy holds for a moment: gathered layers, bu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +16,13 @@ import torch
 
 from sgc import memory, sharded
 from sgc.optimizer import SGC
-from sgc.planner.models import PlanError
+from sgc.planner.models import PlanError, is_size
 from sgc.planner.optimizers import FP32, Contender
 from sgc.planner.trace import Held, Info
 from sgc.zero import Piece, piece_schema
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+MOST_DEVICES = 65_536  # whose shares are counted one by one
 REDUCE_BUCKET = 500_000_000  # entries of the bucket in which ZeRO-2 collects gradients (DeepSpeed's default)
 
 
@@ -33,8 +34,9 @@ class Devices:
     strategy: str
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.world_size, int) and self.world_size >= 1):
-            raise PlanError(f"the world size must be a whole number of at least 1, got {self.world_size!r}")
+        if not (is_size(self.world_size) and self.world_size <= MOST_DEVICES):
+            least = f"a whole number of at least 1 and at most {MOST_DEVICES}"
+            raise PlanError(f"the world size must be {least}, got {self.world_size!r}")
         if self.strategy not in STRATEGIES:
             raise PlanError(f"the strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
 
@@ -99,8 +101,12 @@ class Devices:
         entries = math.ceil(sum(info.numel for info in infos) / self.world_size)
         return Info("partition", (entries,), torch.float32)
 
-    def around(self, infos: Sequence[Info]) -> tuple[float, int, Held]:
+    def around(self, infos: Sequence[Info], compressed: Collection[str] = ()) -> tuple[float, int, Held]:
         """Say how weights and gradients are shared.
+
+        Args:
+            infos: all parameters.
+            compressed: the names of those whose gradients never pile up, which DDP leaves alone.
 
         Returns:
             The share of whole gradients that is held, bytes of weights held throughout, and what comes on top of every
@@ -112,7 +118,8 @@ class Devices:
         if self.alone:
             return 1.0, whole, Held()
         if self.strategy == "ddp":
-            return 1.0, whole, Held(gradients=gradients)  # its buckets: gradient_as_bucket_view is off by default
+            # its buckets: gradient_as_bucket_view is off by default
+            return 1.0, whole, Held(gradients=sum(info.bytes for info in trained if info.name not in compressed))
         master = FP32 * self._partition(trained).numel
         if self.strategy == "zero1":
             return 1.0, whole, Held(weights=master, temporaries=master)

@@ -8,6 +8,7 @@ tests), which looks through all modules after every operation and takes twelve t
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgc.compressed_grad import CompressedGradient
-from sgc.planner.models import PlanError, first_line, make_model, quiet
+from sgc.planner.models import PlanError, make_model, refused
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -44,6 +45,8 @@ class Held(NamedTuple):
 
 
 KINDS = Held._fields
+SCANNED = 2048  # tokens of which a scan's kernel keeps one state
+MOST_MOMENTS = 1_000_000  # of a step: a model that goes through a row token by token has millions
 
 
 class Tracker(TorchDispatchMode):
@@ -75,7 +78,13 @@ class Tracker(TorchDispatchMode):
         self.now[self._kind.pop(key)] -= size
 
     def note(self) -> None:
-        """Record what is held now."""
+        """Record what is held now.
+
+        Raises:
+            PlanError: the step has so many operations that it would take hours.
+        """
+        if len(self.moments) >= MOST_MOMENTS:
+            raise PlanError(f"a plan is of a step of at most {MOST_MOMENTS:,} operations: take shorter sequences")
         self.moments.append(Held(**self.now))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -139,6 +148,7 @@ class Trace:
     params: list[Info]
     moments: list[Held]
     arrivals: dict[str, int] = field(default_factory=dict)  # parameter → index of the moment in which it has a gradient
+    unreached: int = 0  # trained entries that no token reaches
 
 
 @dataclass(frozen=True)
@@ -151,6 +161,7 @@ class Run:
     sequence_length: int
     checkpointing: bool
     chunked_loss: bool = False
+    trust_remote_code: bool = False
 
 
 def infos(model: nn.Module) -> list[Info]:
@@ -195,6 +206,48 @@ def _no_packed_rows() -> Iterator[None]:
             masking_utils.find_packed_sequence_indices = before
 
 
+@contextlib.contextmanager
+def _kernels(model: nn.Module) -> Iterator[None]:
+    """Let a model scan as mamba-ssm's kernel does: transformers' own loop goes through a row token by token."""
+    module: Any = sys.modules[type(model).__module__]
+    before = getattr(module, "mamba_selective_scan", None)
+    if before is not None:
+        module.mamba_selective_scan = _selective_scan
+    try:
+        yield
+    finally:
+        if before is not None:
+            module.mamba_selective_scan = before
+
+
+def _selective_scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any = None, z: Any = None, **options: Any
+) -> Tensor:
+    scanned: Tensor = _Scan.apply(u, dt, A, B, C, D, z, options.get("delta_bias"))
+    return scanned
+
+
+class _Scan(torch.autograd.Function):
+    """What the kernel keeps for backward: all that it is given, a state for every SCANNED tokens, and its result.
+
+    Source: mamba-ssm's selective_scan_interface.py. u and z: (rows, channels, tokens), A: (channels, states).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, dt: Tensor, A: Tensor, *more: Tensor | None) -> Tensor:
+        rows, channels, tokens = u.shape
+        states = u.new_empty(rows, channels, -(-tokens // SCANNED), 2 * A.shape[1], dtype=torch.float32)
+        gated = more[3] is not None  # the gated result is another tensor
+        ctx.save_for_backward(u, dt, A, *more, states, *([torch.empty_like(u)] if gated else []))
+        return torch.empty_like(u)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        given = ctx.saved_tensors[: len(ctx.needs_input_grad)]
+        pairs = zip(given, ctx.needs_input_grad, strict=True)
+        return tuple(torch.empty_like(tensor) if needed else None for tensor, needed in pairs)
+
+
 def trace(run: Run, adapt: Callable[[PreTrainedModel], nn.Module] | None = None) -> Trace:
     """Trace forward and backward of one batch of a model, as large as it may be.
 
@@ -206,37 +259,39 @@ def trace(run: Run, adapt: Callable[[PreTrainedModel], nn.Module] | None = None)
         PlanError: the model refuses the batch.
     """
     with fake():
-        made = make_model(run.config, run.dtype)
-        if run.checkpointing:
-            checkpointed(made)
-        model: nn.Module = made if adapt is None else adapt(made)
-        model.train()
-        batch = torch.zeros(run.batch_size, run.sequence_length, dtype=torch.long)
-        tracker = Tracker()
-        handles = tracker.follow(model)
-        names = {id(param): name for name, param in model.named_parameters()}
-        arrivals: dict[str, int] = {}
+        made = make_model(run.config, run.dtype, trust_remote_code=run.trust_remote_code)
+        rows = f"{run.batch_size} x {run.sequence_length} tokens"
+        with refused(f"{type(made).__name__} refuses a batch of {rows}"), _kernels(made):
+            if run.checkpointing:
+                checkpointed(made)
+            model: nn.Module = made if adapt is None else adapt(made)
+            model.train()
+            batch = torch.zeros(run.batch_size, run.sequence_length, dtype=torch.long)
+            tracker = Tracker()
+            handles = tracker.follow(model)
+            names = {id(param): name for name, param in model.named_parameters()}
+            arrivals: dict[str, int] = {}
 
-        def arrived(param: Tensor) -> None:
-            arrivals[names[id(param)]] = len(tracker.moments) - 1  # what `follow`'s hook has just noted
+            def arrived(param: Tensor) -> None:
+                arrivals[names[id(param)]] = len(tracker.moments) - 1  # what `follow`'s hook has just noted
 
-        trained = [param for param in model.parameters() if param.requires_grad]
-        handles += [param.register_post_accumulate_grad_hook(arrived) for param in trained]
-        tracker.mark(batch, "activations")
-        with quiet(), tracker:
-            try:
+            trained = [param for param in model.parameters() if param.requires_grad]
+            handles += [param.register_post_accumulate_grad_hook(arrived) for param in trained]
+            tracker.mark(batch, "activations")
+            with tracker:
                 loss = loss_of(model, batch, chunked=run.chunked_loss)
-            except PlanError:
-                raise
-            except ValueError as error:  # as of a classifier that pads without a token for it
-                rows = f"{run.batch_size} x {run.sequence_length} tokens"
-                raise PlanError(f"{type(made).__name__} refuses a batch of {rows}: {first_line(error)}") from error
-            loss.backward()
-            del loss
-            tracker.note()
+                loss.backward()
+                del loss
+                tracker.note()
+                unreached = [param for param in trained if param.grad is None]
+                for param in unreached:  # images come before the text, so that their gradients come last
+                    param.grad = torch.zeros_like(param)
+                    tracker.mark(param.grad, "gradients")
+                    tracker.note()
+                    arrived(param)
         for handle in handles:
             handle.remove()
-        return Trace(infos(model), tracker.moments, arrivals)
+        return Trace(infos(model), tracker.moments, arrivals, sum(param.numel() for param in unreached))
 
 
 def checkpointed(model: PreTrainedModel) -> None:
@@ -254,16 +309,35 @@ def loss_of(model: nn.Module, batch: Tensor, *, chunked: bool = False) -> Tensor
     whole: Any = model
     inner = whole.get_base_model() if hasattr(model, "get_base_model") else whole
     if type(inner).__name__.endswith("ForSequenceClassification"):
-        return whole(input_ids=batch, labels=batch[:, 0]).loss
+        return whole(input_ids=batch, labels=_classes(inner, batch)).loss
     if chunked:
         return _chunked_loss(inner, batch)
-    return whole(input_ids=batch, labels=batch, use_cache=False).loss
+    options: dict[str, Any] = {}
+    if hasattr(inner.config.get_text_config(), "use_cache"):
+        options["use_cache"] = False
+    if inner.config.is_encoder_decoder:
+        options["decoder_input_ids"] = batch
+    return whole(input_ids=batch, labels=batch, **options).loss
+
+
+def _classes(model: Any, batch: Tensor) -> Tensor:
+    """Give what a classifier is to say of each row: a class, or numbers."""
+    config = model.config
+    if config.problem_type == "multi_label_classification":
+        return batch.new_zeros(len(batch), config.num_labels, dtype=model.dtype)
+    if config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1):
+        return batch.new_zeros(len(batch), *[config.num_labels][config.num_labels == 1 :], dtype=model.dtype)
+    return batch[:, 0]
 
 
 def _chunked_loss(model: Any, batch: Tensor) -> Tensor:
     """Give the loss with torch's chunked head, which never holds all logits and makes the gradients in forward."""
     if not hasattr(nn, "LinearCrossEntropyOptions"):
         raise PlanError(f"a chunked loss needs torch.nn.LinearCrossEntropyOptions, torch {torch.__version__} has none")
+    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) or (
+        model.config.is_encoder_decoder
+    ):
+        raise PlanError(f"a chunked loss is of a decoder with a head on its words, got {type(model).__name__}")
     hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
     weight = model.get_output_embeddings().weight
     flat, target = hidden[:, :-1].reshape(-1, hidden.shape[-1]), batch[:, 1:].reshape(-1)
