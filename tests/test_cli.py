@@ -1,5 +1,6 @@
 """The command `sgc`: what it prints, what it refuses, and that it comes with the package."""
 
+import importlib
 import json
 import os
 import pty
@@ -69,6 +70,90 @@ def test_bad_input_ends_in_one_sentence_and_code_2(arguments, words, capsys):
     assert printed.out == ""
     assert words in printed.err
     assert printed.err.count("\n") == 1
+
+
+def options():
+    """Every argument of `sgc plan`, as the parser knows it."""
+    commands = next(action for action in cli._parser()._actions if action.dest == "command")
+    return [action for action in commands.choices["plan"]._actions if action.dest != "help"]
+
+
+ODD = ["", " ", "x", "two words", "line\nbreak", "nan", "inf", "-inf", "-1", "0", "1.5", "1e30", "9" * 30, "9" * 5000]
+ODD += [
+    "24",
+    "-1GB",
+    "0GB",
+    "9e99GB",
+    "24GB",
+    "{folder}",
+    "{folder}/no/such",
+    "{folder}/a.png",
+    "x" * 300,
+    "a\0b",
+    "\udcff",
+]
+FOLDER = "{folder}"
+
+
+@pytest.fixture(scope="module")
+def smallest(tmp_path_factory):
+    """A folder with a model so small that a plan takes no time; a folder with a plot's name lies in it."""
+    folder = tmp_path_factory.mktemp("smallest")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "head_dim": 4, "num_attention_heads": 2, "num_hidden_layers": 1}
+    tiny(vocab_size=16, **sizes).save_pretrained(folder)
+    (folder / "a.png").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("action", options(), ids=lambda action: action.dest)
+def test_every_argument_with_any_value_ends_in_a_plan_or_in_one_sentence(action, smallest, capsys, monkeypatch):
+    monkeypatch.chdir(smallest)
+    names = action.option_strings or [""]
+    values = [None] if action.nargs == 0 else []
+    for name in names:
+        for value in [*values, *ODD]:
+            given = [name] if value is None else [f"{name}={value}" if name else value]
+            given = [words.replace(FOLDER, str(smallest)) for words in given]
+            model = [] if not name else [str(smallest)]
+            try:
+                code = cli.main(["plan", *model, *given, *(["--sequence-length=8"] if "--seq" not in name else [])])
+            except SystemExit as ended:  # argparse's own way
+                code = ended.code
+            out, err = capsys.readouterr()
+            if code == 0:
+                assert out.count("\n") > 5, given
+                assert err == "", given
+            else:
+                assert (code, out) == (2, ""), given
+                assert err.strip(), given
+                assert err.count("\n") == 1, given
+    assert sorted(path.name for path in smallest.iterdir()) == ["a.png", "config.json"]
+
+
+def test_a_plan_is_printed_though_its_plot_fails(model, capsys, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    assert cli.main(["plan", model, "--sequence-length", "8", "--plot", str(tmp_path / "plan.png")]) == 2
+    out, err = capsys.readouterr()
+    assert "SGD, no momentum" in out
+    assert err.endswith("can't be written: No space left on device\n")
+    assert err.count("\n") == 1
+
+
+def test_a_bad_plot_and_a_bad_spec_of_devices_are_refused_before_the_work(model, capsys, monkeypatch):
+    begun = importlib.import_module("sgc.planner.plan")
+    monkeypatch.setattr(begun, "make_model", lambda *_, **__: pytest.fail("the work has begun"))
+    for bad in (
+        ["--plot", "plan.xyz"],
+        ["--plot", model],
+        ["--world-size", "0"],
+        ["--lora-rank", "0"],
+        ["--reserve", "1"],
+    ):
+        assert cli.main(["plan", model, *bad]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_an_option_that_is_none_ends_in_code_2(capsys):
