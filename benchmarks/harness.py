@@ -28,6 +28,8 @@ PACKAGES = (
     "peft",
     "galore-torch",
     "apollo-torch",
+    "came-pytorch",
+    "pytorch-optimizer",
     "torchao",
     "numba",
 )
@@ -52,18 +54,38 @@ def provenance() -> dict[str, Any]:
 
 
 def rows(name: str) -> list[dict[str, Any]]:
-    """Read the rows of results/NAME.jsonl."""
+    """Return the rows of results/NAME.jsonl; what a kill cut off is no row."""
     path = RESULTS / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = map(_whole, path.read_bytes().splitlines()) if path.exists() else ()
+    return [row for row in found if row is not None]
+
+
+def _whole(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def add_row(name: str, row: dict[str, Any]) -> None:
-    """Append a row in one write under a lock, so that several processes may share the file."""
+    """Append a row in one write under a lock, so that several processes may share the file.
+
+    A last line without its end was cut off by a kill: it is dropped, so that the new row stands on a line of its own.
+    """
     RESULTS.mkdir(parents=True, exist_ok=True)
     stamped = {**row, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **provenance()}
-    with open(RESULTS / f"{name}.jsonl", "a") as file:
+    with open(RESULTS / f"{name}.jsonl", "ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(json.dumps(stamped) + "\n")
+        file.seek(0)
+        before = file.read()
+        ended = before.rfind(b"\n") + 1
+        if ended < len(before):
+            if _whole(before[ended:]) is None:
+                file.truncate(ended)
+            else:  # only the line's end is missing
+                file.write(b"\n")
+        file.write(json.dumps(stamped).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 

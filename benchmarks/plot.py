@@ -17,9 +17,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.peers import parse
-from benchmarks.quality import PROBE_EVERY, done
-from benchmarks.suites import SUITES, Setting, Suite
-from benchmarks.tables import Row, best_runs, on_front, points, title
+from benchmarks.quality import PROBE_EVERY, found
+from benchmarks.suites import SUITES, Suite
+from benchmarks.tables import Row, best_runs, on_front, points, setting_of, title
 
 COLORS = {"sgc": "#0b6e4f", "attached": "#0b6e4f", "adamw": "#c1440e", "frozen": "#7a7a7a", "lora": "#6a3d9a"}
 COLORS |= {"dora": "#6a3d9a", "galore": "#1f5fa8", "apollo": "#1f5fa8"}
@@ -125,7 +125,7 @@ def draw_sizes(plt: Any, suites: list[Suite], found: list[Row]) -> Any:
     loss = {
         row["optimizer"]: row["eval_loss"]
         for row in found
-        if _setting(row) == setting and row["lr"] == rate and row["seed"] == 0
+        if setting_of(row) == setting and row["lr"] == rate and row["seed"] == 0
     }
     base = "sgc(sketch_size=32)"
     families: list[tuple[str, dict[float, str]]] = [
@@ -160,14 +160,14 @@ def draw_sizes(plt: Any, suites: list[Suite], found: list[Row]) -> Any:
 def draw_recovery(plt: Any, suites: list[Suite], found: list[Row]) -> Any:
     """Recovery error over training: the share of the sketch that the recovered update leaves unexplained."""
     with_errors = [row for row in found if row.get("recovery_errors")]
-    settings = list(dict.fromkeys(_setting(row) for row in with_errors))
+    settings = list(dict.fromkeys(setting_of(row) for row in with_errors))
     if not settings:
         raise ValueError("no row has recovery errors yet: run benchmarks/quality.py --suite rules")
     figure, axes = plt.subplots(1, len(settings), figsize=(5.6 * len(settings), 3.8), squeeze=False)
     for axis, setting in zip(axes[0], settings, strict=True):
         by_name: dict[str, list[Row]] = {}
         for row in with_errors:
-            if _setting(row) == setting:
+            if setting_of(row) == setting:
                 by_name.setdefault(row["optimizer"], []).append(row)
         for name, rows in by_name.items():
             best = max(rows, key=lambda row: row["metric"])
@@ -195,7 +195,7 @@ def draw_time(plt: Any, suites: list[Suite], found: list[Row]) -> Any:
             timed = [
                 row["cpu_seconds"] / row["steps"]
                 for row in found
-                if _setting(row) == setting and row["optimizer"] == optimizer and "cpu_seconds" in row
+                if setting_of(row) == setting and row["optimizer"] == optimizer and "cpu_seconds" in row
             ]
             if not runs or not timed:
                 continue
@@ -211,10 +211,6 @@ def draw_time(plt: Any, suites: list[Suite], found: list[Row]) -> Any:
         axis.set_title(title(setting), fontsize=10)
         tidy(axis)
     return figure
-
-
-def _setting(row: Row) -> Setting:
-    return Setting(row["task"], row["steps"], row["batch_size"], row["train_rows"])
 
 
 PICTURES: dict[str, Callable[..., Any]] = {
@@ -238,8 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--result", default="quality", help="name of the file in benchmarks/results")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args(argv)
-    found = list(done(arguments.result).values())
-    figure = PICTURES[arguments.picture](plt, [SUITES[name] for name in arguments.suite], found)
+    figure = PICTURES[arguments.picture](plt, [SUITES[name] for name in arguments.suite], found(arguments.result))
     figure.tight_layout()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.output, dpi=130, bbox_inches="tight")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from benchmarks.peers import MAKERS, parse
-from benchmarks.tasks import Source
+from benchmarks.tasks import TEXT_LENGTH, Source, is_text
 
 SEEDS = (0, 1, 2)
 ENCODER = ("SST-2", "CoLA", "RTE", "MRPC")
@@ -65,6 +67,12 @@ class Setting(NamedTuple):
     steps: int
     batch_size: int
     train_rows: int = 0  # 0: all
+    length: int = 0  # tokens of a row; 0: the task's own
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens that are trained on; of rows that are texts of their own, the rows."""
+        return self.steps * self.batch_size * ((self.length or TEXT_LENGTH) if is_text(self.task) else 1)
 
 
 class Suite(NamedTuple):
@@ -80,6 +88,66 @@ class Suite(NamedTuple):
         kind = "encoder" if task in ENCODER else "tiny-llama" if task.startswith("tiny-llama:") else "llama"
         table = RATES.get(task, RATES[kind]) if self.rates is None else self.rates
         return table.get(parse(optimizer)[0], table[""])
+
+
+def altered(
+    suite: Suite,
+    *,
+    optimizers: Sequence[str] | None = None,
+    rates: Sequence[float] | None = None,
+    seeds: Sequence[int] | None = None,
+    steps: int | None = None,
+    train_rows: int | None = None,
+    batch_sizes: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
+    equal: str = "steps",
+) -> Suite:
+    """Return a suite with other optimizers, rates, seeds or sizes; what is None stays as it is.
+
+    Args:
+        suite: to begin with.
+        optimizers: specs of `benchmarks/peers.py`.
+        rates: the grid of every optimizer.
+        seeds: the first one is the grid's.
+        steps: of a run.
+        train_rows: rows to train on; 0: all.
+        batch_sizes: rows of a step, each in a setting of its own.
+        lengths: tokens of a row, each in a setting of its own.
+        equal: what the settings have in common: "steps", or "tokens", with as many of them as before.
+
+    Raises:
+        ValueError: a sentence with the rule and the value.
+    """
+    for name, given in (
+        ("batch_size", batch_sizes),
+        ("length", lengths),
+        ("steps", None if steps is None else [steps]),
+    ):
+        for value in given or ():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
+    if equal not in ("steps", "tokens"):
+        raise ValueError(f"equal must be 'steps' or 'tokens', got {equal!r}")
+    for optimizer in optimizers or ():
+        if parse(optimizer)[0] not in MAKERS:
+            raise ValueError(f"an optimizer must be one of {', '.join(MAKERS)}, got {optimizer!r}")
+    settings = []
+    for old in suite.settings:
+        base = old._replace(
+            steps=old.steps if steps is None else steps,
+            train_rows=old.train_rows if train_rows is None else train_rows,
+        )
+        for batch_size, length in product(batch_sizes or [old.batch_size], lengths or [old.length]):
+            one = base._replace(batch_size=batch_size, length=length)
+            if equal == "tokens":
+                one = one._replace(steps=max(1, round(base.tokens / one._replace(steps=1).tokens)))
+            settings.append(one)
+    return Suite(
+        tuple(dict.fromkeys(settings)),
+        suite.optimizers if optimizers is None else tuple(optimizers),
+        suite.rates if rates is None else {"": tuple(rates)},
+        suite.seeds if seeds is None else tuple(seeds),
+    )
 
 
 GALORE = "galore(rank=8, scale=1.0, update_proj_gap=50)"  # its README's 0.25 and 200 were behind in runs this short
@@ -162,6 +230,12 @@ SUITES = {
         ("sgc()", *(f"sgc(betas=(0.9, {beta}))" for beta in (0.99, 0.98, 0.95))),
         rates={"": (3e-3,)},
     ),
+    # What the first moment earns, by batch size: the same grid of five rates for everybody.
+    "batches": Suite(
+        (Setting("instruct", 80, 64), Setting("instruct", 150, 8)),
+        ("adamw", "sgc()", "adamw(betas=(0.0, 0.999))"),
+        rates={"": (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)},
+    ),
     # What compressed gradients cost, with one micro-batch and with eight (two ranks are two micro-batches).
     "compressed": Suite(
         (Setting("instruct", 150, 8),),
@@ -207,12 +281,15 @@ OWN = {  # what a configuration may say beside the arguments of recipes/finetune
     "optimizers": OWN_OPTIMIZERS,
     "learning_rates": RATES["encoder"][""],
     "steps": 300,
-    "batch_size": 16,
+    "batch_size": 16,  # or several
+    "length": 0,  # or several; 0: what max_length says
+    "equal": "steps",
     "train_rows": 0,
     "seeds": SEEDS,
     "eval_datasets": (),
     "expected": None,
 }
+BY_SETTING = ("batch_size", "length")
 
 
 class Own(NamedTuple):
@@ -236,22 +313,25 @@ def own_suite(config: dict[str, Any]) -> Own:
     model, data = (config.get(name) for name in ("model_name_or_path", "dataset"))
     if not model or not data:
         raise ValueError(f"a model and a dataset must both be given, got {model!r} and {data!r}")
-    for optimizer in own["optimizers"]:
-        if parse(optimizer)[0] not in MAKERS:
-            raise ValueError(f"an optimizer must be one of {', '.join(MAKERS)}, got {optimizer!r}")
     given = own["learning_rates"]
     rates = given if isinstance(given, dict) else {"default": given}
     table = {"" if name == "default" else name: tuple(map(float, each)) for name, each in rates.items()}
     if "" not in table or len({len(each) for each in table.values()}) > 1 or not table[""]:
         raise ValueError(f"learning_rates must be a list, or lists of one length with a 'default', got {given!r}")
-    for name in ("steps", "batch_size"):
-        if not isinstance(own[name], int) or own[name] < 1:
-            raise ValueError(f"{name} must be a whole number of 1 or more, got {own[name]!r}")
     passed = {name: value for name, value in config.items() if name not in OWN}
     arguments = tuple(text for name, value in passed.items() for text in (f"--{name}", str(value)))
     name = own["name"] or f"{Path(str(model)).name}:{Path(str(data)).stem}"
-    setting = Setting(name, own["steps"], own["batch_size"], own["train_rows"])
-    suite = Suite((setting,), tuple(own["optimizers"]), table, tuple(own["seeds"]))
+    batch_sizes, lengths = (each if isinstance(each, (list, tuple)) else [each] for each in map(own.get, BY_SETTING))
+    first = Setting(name, own["steps"], OWN["batch_size"])
+    suite = altered(
+        Suite((first,), (), table, tuple(own["seeds"])),
+        optimizers=own["optimizers"],
+        steps=own["steps"],
+        train_rows=own["train_rows"],
+        batch_sizes=batch_sizes,
+        lengths=None if lengths == [0] else lengths,
+        equal=own["equal"],
+    )
     return Own(suite, Source(name, arguments, tuple(own["eval_datasets"])), own["expected"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.suites import SUITES, Setting, Suite
@@ -12,6 +13,8 @@ from benchmarks.suites import SUITES, Setting, Suite
 BLOCK = re.compile(r"(<!-- (table|rates|gains): ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
+VALIDATION, TEST = "validation", "test"  # what a learning rate is chosen on
+OLD = "‡"  # marks what was chosen on the data that are reported, as all was before there was a validation split
 
 
 class Interval(NamedTuple):
@@ -34,38 +37,69 @@ def interval(values: list[float]) -> Interval:
     return Interval(statistics.fmean(values), half)
 
 
+def setting_of(row: Row) -> Setting:
+    """Return the setting of a row; older rows have no length."""
+    return Setting(row["task"], row["steps"], row["batch_size"], row["train_rows"], row.get("length", 0))
+
+
+def chosen_on(row: Row) -> str:
+    """Return the split that a row's learning rate is chosen on; older rows have no validation split."""
+    return row.get("chosen_on", TEST)
+
+
 def score(row: Row) -> float:
-    """Give what a learning rate is chosen by."""
-    return row["metric"] if math.isfinite(row["eval_loss"]) else -math.inf
+    """Return what a learning rate is chosen by."""
+    metric, loss = ("metric", "eval_loss") if chosen_on(row) == TEST else ("validation_metric", "validation_loss")
+    return row[metric] if math.isfinite(row[loss]) else -math.inf
+
+
+def inside(rate: float, rates: Sequence[float]) -> bool:
+    """Return whether the grid goes on at both sides of a rate."""
+    return min(rates) < rate < max(rates)
+
+
+def grid(found: list[Row], setting: Setting, optimizer: str, suite: Suite) -> dict[float, Row]:
+    """Return the runs on the first seed by rate, all of them chosen on the same split.
+
+    Those with a validation split, unless older ones are further.
+    """
+    rates = suite.rates_of(setting.task, optimizer)
+    grids: dict[str, dict[float, Row]] = {VALIDATION: {}, TEST: {}}
+    for row in found:
+        if setting_of(row) == setting and (row["optimizer"], row["seed"]) == (optimizer, suite.seeds[0]):
+            grids[chosen_on(row)][row["lr"]] = row
+    here = {split: {lr: rows[lr] for lr in rates if lr in rows} for split, rows in grids.items()}
+    return max(here.values(), key=len)  # of equals the first
 
 
 def best_runs(found: list[Row], setting: Setting, optimizer: str, suite: Suite) -> list[Row]:
-    """Give the finished runs of an optimizer at its best rate of those run on the first seed, one per seed."""
-    here = [
-        row
-        for row in found
-        if (row["task"], row["steps"], row["batch_size"], row["train_rows"]) == setting
-        and row["optimizer"] == optimizer
-        and row["lr"] in suite.rates_of(setting.task, optimizer)
-        and row["seed"] in suite.seeds
-    ]
-    first = [row for row in here if row["seed"] == suite.seeds[0]]
+    """Return the finished runs of an optimizer at its best rate of those run on the first seed, one per seed."""
+    first = grid(found, setting, optimizer, suite)
     if not first:
         return []
-    best = max(first, key=score)["lr"]
-    return sorted((row for row in here if row["lr"] == best), key=lambda row: row["seed"])
+    best = max(first.values(), key=score)
+    alike = ("optimizer", "lr")
+    runs = [
+        row
+        for row in found
+        if (setting_of(row), chosen_on(row)) == (setting, chosen_on(best))
+        and all(row[name] == best[name] for name in alike)
+        and row["seed"] in suite.seeds
+    ]
+    return sorted(runs, key=lambda row: row["seed"])
+
+
+def comparable(found: list[Row], setting: Setting, optimizer: str, suite: Suite) -> list[Row]:
+    """Return the rows that an optimizer's best runs may be held against: chosen on the same split as they are."""
+    runs = best_runs(found, setting, optimizer, suite)
+    return [row for row in found if runs and chosen_on(row) == chosen_on(runs[0])]
 
 
 def complete(found: list[Row], setting: Setting, optimizer: str, suite: Suite) -> bool:
-    """Whether all rates have run on the first seed, and all seeds at the best one."""
-    first = {
-        row["lr"]
-        for row in found
-        if (row["task"], row["steps"], row["batch_size"], row["train_rows"]) == setting
-        and (row["optimizer"], row["seed"]) == (optimizer, suite.seeds[0])
-    }
+    """Return whether all rates have run on the first seed, and all seeds at the best one."""
+    first = grid(found, setting, optimizer, suite)
     runs = best_runs(found, setting, optimizer, suite)
-    return first >= set(suite.rates_of(setting.task, optimizer)) and len(runs) == len(suite.seeds)
+    return len(first) == len(suite.rates_of(setting.task, optimizer)) and len(runs) == len(suite.seeds)
 
 
 def on_front(points: dict[str, tuple[float, float]]) -> set[str]:
@@ -85,8 +119,9 @@ def table(suite: Suite, found: list[Row]) -> str:
     """Draw a suite: per setting mean ± standard deviation over the seeds at the best rate, and against AdamW.
 
     The difference to AdamW is paired by seed, with a 95 % interval (Student's t). ★: on the Pareto front of the
-    setting, no other optimizer is as good with no more bytes. †: some runs are missing. With a frozen body in the suite
-    and several settings, also the mean over the settings and its gain as a share of AdamW's.
+    setting, no other optimizer is as good with no more bytes. †: some runs are missing. ‡: the rate was chosen on the
+    test split. With a frozen body in the suite and several settings, also the mean over the settings and its gain as a
+    share of AdamW's.
     """
     gains = "frozen" in suite.optimizers and len(suite.settings) > 1
     head = ["optimizer", "state ÷ AdamW's"]
@@ -120,9 +155,11 @@ def points(found: list[Row], setting: Setting, suite: Suite) -> dict[str, tuple[
 
 def title(setting: Setting) -> str:
     """Name a setting for people."""
-    return f"{setting.task}, {setting.steps} × {setting.batch_size}" + f", {setting.train_rows} rows" * bool(
-        setting.train_rows
+    rows, tokens = (
+        f", {setting.train_rows} rows" * bool(setting.train_rows),
+        f" × {setting.length}" * bool(setting.length),
     )
+    return f"{setting.task}, {setting.steps} × {setting.batch_size}{tokens}{rows}"
 
 
 def paired(one: list[Row], other: list[Row]) -> Interval | None:
@@ -139,43 +176,47 @@ def _parts(found: list[Row], setting: Setting, optimizer: str, suite: Suite, fro
     scores = [run["metric"] for run in runs]
     spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
     mark = "" if complete(found, setting, optimizer, suite) else " †"
+    mark += f" {OLD}" * (chosen_on(runs[0]) == TEST)
     mean = f"{statistics.fmean(scores):.3f}{spread} ({runs[0]['lr']:g}){' ★' * front}{mark}"
-    against = paired(runs, best_runs(found, setting, "adamw", suite)) if optimizer != "adamw" else None
+    adamw = best_runs(comparable(found, setting, optimizer, suite), setting, "adamw", suite)
+    against = paired(runs, adamw) if optimizer != "adamw" else None
     return [mean, "" if against is None else str(against)]
 
 
 def _gain(found: list[Row], optimizer: str, suite: Suite) -> list[str]:
-    means = [_mean_over_settings(found, name, suite) for name in (optimizer, "frozen", "adamw")]
+    means = [_mean_over_settings(found, against, optimizer, suite) for against in (optimizer, "frozen", "adamw")]
     mean, frozen, adamw = means
     if mean is None:
         return ["missing", "missing"]
     return [f"{mean:.3f}", "" if frozen is None or adamw is None else f"{(mean - frozen) / (adamw - frozen):.0%}"]
 
 
-def _mean_over_settings(found: list[Row], optimizer: str, suite: Suite) -> float | None:
-    if not all(complete(found, setting, optimizer, suite) for setting in suite.settings):
+def _mean_over_settings(found: list[Row], against: str, optimizer: str, suite: Suite) -> float | None:
+    """Return the mean of `against` on what `optimizer` was run on."""
+    rows = {setting: comparable(found, setting, optimizer, suite) for setting in suite.settings}
+    if not all(complete(rows[setting], setting, against, suite) for setting in suite.settings):
         return None
-    runs = [best_runs(found, setting, optimizer, suite) for setting in suite.settings]
+    runs = [best_runs(rows[setting], setting, against, suite) for setting in suite.settings]
     return statistics.fmean(statistics.fmean(run["metric"] for run in seeds) for seeds in runs)
 
 
 def rate_table(suite: Suite, found: list[Row]) -> str:
-    """Draw the scores of the first seed at every learning rate; the best at an end of the grid is said to be."""
+    """Draw what the first seed's learning rate is chosen by, rate by rate, and say which is best and where it lies.
+
+    That is the score on the validation split, or on the test split where ‡ says so.
+    """
     lines: list[str] = []
     for setting in suite.settings:
         lines += ["", f"| {title(setting)}, seed {suite.seeds[0]} | learning rate: score | |", "|---" * 3 + "|"]
         for optimizer in suite.optimizers:
             rates = suite.rates_of(setting.task, optimizer)
-            run = {
-                row["lr"]: score(row)
-                for row in found
-                if (row["task"], row["steps"], row["batch_size"], row["train_rows"]) == setting
-                and (row["optimizer"], row["seed"]) == (optimizer, suite.seeds[0])
-            }
+            first = grid(found, setting, optimizer, suite)
+            run = {lr: score(row) for lr, row in first.items()}
             text = ", ".join(f"{lr:g}: {run[lr]:.3f}" if lr in run else f"{lr:g}: missing" for lr in rates)
-            ends = (rates[0], rates[-1]) if len(rates) > 1 and set(rates) <= run.keys() else ()
-            at_end = "best at an end" if ends and max(rates, key=run.__getitem__) in ends else ""
-            lines.append(f"| `{optimizer}` | {text} | {at_end} |")
+            whole = len(rates) > 1 and len(run) == len(rates)
+            at_end = whole and not inside(max(run, key=run.__getitem__), rates)
+            old = any(chosen_on(row) == TEST for row in first.values())
+            lines.append(f"| `{optimizer}` | {text} | {' '.join([OLD] * old + ['best at an end'] * at_end)} |")
     return "\n".join(lines).strip()
 
 
@@ -195,12 +236,14 @@ def gain_table(chosen: list[Suite], found: list[Row]) -> str:
     for name in names:
         shares = []
         for suite, at in settings:
-            mean, frozen, adamw = (
-                statistics.fmean(run["metric"] for run in best_runs(found, at, each, suite))
-                for each in (name, "frozen", "adamw")
-            )
+            held = comparable(found, at, name, suite)
+            runs = [best_runs(held, at, each, suite) for each in (name, "frozen", "adamw")]
+            if not all(runs):
+                break
+            mean, frozen, adamw = (statistics.fmean(run["metric"] for run in each) for each in runs)
             shares.append((mean - frozen) / (adamw - frozen))
-        rows[name] = [*shares, statistics.fmean(shares)]
+        else:
+            rows[name] = [*shares, statistics.fmean(shares)]
     for name, shares in sorted(rows.items(), key=lambda item: -item[1][-1]):
         lines.append(f"| `{name}` | " + " | ".join(f"{share:.0%}" for share in shares) + " |")
     return "\n".join(lines)

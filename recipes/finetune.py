@@ -28,6 +28,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,8 +159,19 @@ def context_of(config: transformers.PretrainedConfig, tokenizer: PreTrainedToken
     return wanted or min(context, DEFAULT_CONTEXT)
 
 
-def prepare(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArguments) -> Job:
+def prepare(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: FinetuneArguments,
+    divide: Callable[[Dataset, Dataset], tuple[Dataset, Dataset]] | None = None,
+) -> Job:
     """Open tokenizer, config and data, and make the examples.
+
+    Args:
+        model_args: which model.
+        data_args: which data, and how it becomes examples.
+        args: of the training.
+        divide: makes of the training and the test rows those to train on and to judge by; None: they are.
 
     Raises:
         ValueError: a sentence with the rule and the value.
@@ -175,6 +187,8 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: Finetune
         r: getattr(data_args, f"{r}_column") for r in ("instruction", "input", "output", "messages", "text", "label")
     }
     train_rows, test_rows = open_rows(data_args, named, args.seed, notes)
+    if divide is not None:
+        train_rows, test_rows = divide(train_rows, test_rows)
     layout, test_layout = text_data.layouts(train_rows, test_rows, named, data_args.task)
     parts = ((train_rows, layout), (test_rows, test_layout))
     names: list[str] | None = None

@@ -33,18 +33,21 @@ class Small:
             ids = torch.randint(0, 8, (batch_size, 12), generator=generator)
             yield {"input_ids": ids, "labels": ids}
 
-    def evaluate(self, model):
+    def evaluate(self, model, split):
+        loss = self.validation_loss(model) + (split == "test")  # told apart by 1
+        return {"metric": -loss, "eval_loss": loss}
+
+    def validation_loss(self, model):
         model.eval()
         with torch.no_grad():
-            loss = tiny.loss_of(model).item()
-        return {"metric": -loss, "eval_loss": loss}
+            return tiny.loss_of(model).item()
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """Rows go into a folder of the test's own, and the task "small" is known."""
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
-    monkeypatch.setitem(tasks.TASKS, "small", lambda name, train_rows: Small())
+    monkeypatch.setitem(tasks.TASKS, "small", lambda name, train_rows, length: Small())
     return tmp_path / "results"
 
 
@@ -154,7 +157,8 @@ def test_every_optimizer_of_a_suite_exists_and_has_as_many_rates(name):
 
 def row(optimizer, lr, seed, metric, state=100, loss=1.0):
     own = {"optimizer": optimizer, "lr": lr, "seed": seed, "metric": metric, "eval_loss": loss}
-    return {**SETTING._asdict(), **own, "state_bytes": state, "state_ratio": state / 1000}
+    chosen = {"chosen_on": "validation", "validation_metric": metric, "validation_loss": loss}
+    return {**SETTING._asdict(), **own, **chosen, "state_bytes": state, "state_ratio": state / 1000}
 
 
 def test_the_rate_is_chosen_on_the_first_seed_alone():
@@ -378,9 +382,9 @@ def test_missing_data_are_named(monkeypatch, tmp_path):
 def test_held_out_text_is_never_trained_on(shared_data, monkeypatch):
     monkeypatch.setattr(tasks, "SHARED", shared_data)
     task = tasks.open_task("shakespeare", 0)
-    trained = {tuple(piece) for piece in task.train.tolist()}
-    assert len(task.dev) == task.held_out
-    assert not trained & {tuple(piece) for piece in task.dev.tolist()}
+    trained = {tuple(piece) for piece in task.data["train"].tolist()}
+    assert len(task.data["test"]) == task.held_out
+    assert not trained & {tuple(piece) for piece in task.data["test"].tolist()}
 
 
 def test_a_seed_draws_the_same_batches_for_every_optimizer(shared_data, monkeypatch):
@@ -391,4 +395,6 @@ def test_a_seed_draws_the_same_batches_for_every_optimizer(shared_data, monkeypa
     )
     assert all(map(torch.equal, first, again))
     assert not all(map(torch.equal, first, other))
-    assert {tuple(piece) for batch in first[:8] for piece in batch.tolist()} == set(map(tuple, task.train.tolist()))
+    assert {tuple(piece) for batch in first[:8] for piece in batch.tolist()} == set(
+        map(tuple, task.data["train"].tolist())
+    )
