@@ -90,8 +90,9 @@ def parts_of(batch: Batch, micro_batches: int = 1) -> list[tuple[Batch, float]]:
         batch: tensors of one row per example.
         micro_batches: wanted; there are more where they would have over MICRO_TOKENS tokens, fewer where rows are few.
     """
-    count = max(micro_batches, math.ceil(batch["input_ids"].numel() / MICRO_TOKENS))
-    cut = zip(*(values.chunk(count) for values in batch.values()), strict=True)
+    rows, tokens = batch["input_ids"].shape
+    size = min(math.ceil(rows / micro_batches), max(1, MICRO_TOKENS // tokens))
+    cut = zip(*(values.split(size) for values in batch.values()), strict=True)
     parts = [dict(zip(batch, part, strict=True)) for part in cut]
     # a language model's loss is the mean over the labels that it predicts: all but the first of a row, and none at -100
     labels = [part["labels"] if part["labels"].dim() == 1 else part["labels"][:, 1:] for part in parts]

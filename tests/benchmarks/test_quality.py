@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from benchmarks import harness, quality, suites, tables, tasks
 from benchmarks.suites import Setting, Suite
@@ -48,6 +50,7 @@ def results(tmp_path, monkeypatch):
     """Rows go into a folder of the test's own, and the task "small" is known."""
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
     monkeypatch.setitem(tasks.TASKS, "small", lambda name, train_rows, length: Small())
+    quality._open.cache_clear()
     return tmp_path / "results"
 
 
@@ -150,6 +153,222 @@ def test_every_optimizer_of_a_suite_exists_and_has_as_many_rates(name):
         assert setting.task in tasks.TASKS or setting.task in tasks.SOURCES
     assert len(set(suite.optimizers)) == len(suite.optimizers)
     assert {suites.parse(optimizer)[0] for optimizer in suite.optimizers} <= suites.MAKERS.keys()
+
+
+# ---- what is chosen, and on what -------------------------------------------------------------------------------------
+
+
+def test_the_rate_is_chosen_on_the_validation_split_whatever_the_test_split_says(results, monkeypatch):
+    class Torn(Small):
+        """The test split likes the lower rate, the validation split the higher one."""
+
+        def evaluate(self, model, split):
+            found = super().evaluate(model, "validation")["eval_loss"]
+            return {"metric": found if split == "test" else -found, "eval_loss": found}
+
+    monkeypatch.setitem(tasks.TASKS, "small", lambda name, train_rows, length: Torn())
+    suite = SUITE._replace(optimizers=("adamw",), rates={"": (1e-4, 1e-3, 1e-2)})
+    quality.run_suite(suite)
+    rows = harness.rows("quality")
+    assert [row["lr"] for row in rows if row["seed"]] == [1e-2, 1e-2]
+    assert max((row for row in rows if row["seed"] == 0), key=lambda row: row["metric"])["lr"] == 1e-4
+    assert {row["chosen_on"] for row in rows} == {"validation"}
+    assert all(row["rates"] == [1e-4, 1e-3, 1e-2] for row in rows)
+    assert [row.get("rate_inside_grid") for row in rows] == [None] * 3 + [False] * 2  # known when the grid is done
+    assert [row["lr"] for row in tables.best_runs(rows, SETTING, "adamw", suite)] == [1e-2] * 3
+
+
+def test_a_run_that_diverged_on_the_validation_split_is_never_the_best():
+    found = [row("adamw", 1e-4, 0, 0.5), row("adamw", 1e-2, 0, 0.9) | {"validation_loss": math.inf}]
+    assert [run["lr"] for run in tables.best_runs(found, SETTING, "adamw", SUITE)] == [1e-4]
+
+
+@pytest.mark.parametrize(("rate", "is_inside"), [(1e-4, False), (1e-3, True), (1e-2, False)])
+def test_a_rate_is_inside_a_grid_that_goes_on_at_both_sides(rate, is_inside):
+    assert tables.inside(rate, (1e-4, 1e-3, 1e-2)) == tables.inside(rate, (1e-2, 1e-3, 1e-4)) == is_inside
+
+
+def old_row(*args):
+    """Return a row as they were before there was a validation split, and lengths."""
+    younger = ("chosen_on", "validation_metric", "validation_loss", "length")
+    return {name: value for name, value in row(*args).items() if name not in younger}
+
+
+def test_rows_without_a_validation_split_stay_and_are_marked_and_are_made_again(results):
+    suite = SUITE._replace(seeds=(0, 1))
+    for optimizer, metric in (("adamw", 0.5), ("sgc(min_size=0)", 0.6)):
+        for lr, seed in ((1e-4, 0), (1e-2, 0), (1e-2, 1)):
+            harness.add_row("quality", old_row(optimizer, lr, seed, metric + lr))
+    assert len(quality.missing(suite)) == 4  # both grids
+    for name, lr, seed in (("adamw", 1e-4, 0), ("adamw", 1e-2, 0), ("adamw", 1e-2, 1)):
+        harness.add_row("quality", row(name, lr, seed, 0.9 + lr))
+    found = quality.found()
+    assert len(found) == 9
+    lines = tables.table(suite, found).splitlines()
+    assert lines[-2].endswith("| 0.910 ± 0.000 (0.01) ★ |  |")
+    assert "0.610 ± 0.000 (0.01)" in lines[-1]
+    assert "‡" in lines[-1]
+    assert "+0.100" in lines[-1]  # against the AdamW of its own kind, whose training data were the same
+    assert "‡" not in lines[-2]
+    assert tables.rate_table(suite, found).splitlines()[-1].endswith("| ‡ best at an end |")
+
+
+def test_every_row_of_the_repository_is_one_cell_and_keeps_its_key():
+    folder = ROOT / "benchmarks" / "results"
+    rows = [json.loads(line) for line in (folder / "quality.jsonl").read_text().splitlines()]
+    keys = [(tables.chosen_on(row), quality.Cell.of(row).key()) for row in rows]
+    assert len(set(keys)) == len(keys) >= 572
+    assert keys[0] == ("test", "SST-2-150-16-frozen-0.001-0-0")
+
+
+# ---- batch sizes and lengths -----------------------------------------------------------------------------------------
+
+
+@given(
+    rows=st.integers(1, 9),
+    micro_batches=st.integers(1, 12),
+    limit=st.integers(1, 100),
+    masked=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=12)
+def test_micro_batches_add_up_to_the_batch(rows, micro_batches, limit, masked, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 8, (rows, 12), generator=generator)
+    labels = ids.masked_fill(torch.rand(rows, 12, generator=generator) < masked, -100)
+    labels[0, 5] = 1  # something is to be learned
+    batch = {"input_ids": ids, "labels": labels}
+    whole, cut = tiny.llama(layers=1), tiny.llama(layers=1)
+    whole(**batch).loss.backward()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality, "MICRO_TOKENS", limit)
+        parts = quality.parts_of(batch, micro_batches)
+    for part, weight in parts:
+        (cut(**part).loss * weight).backward()
+    assert all(part["input_ids"].numel() <= max(limit, 12) for part, _ in parts)
+    for one, other in zip(whole.parameters(), cut.parameters(), strict=True):
+        # a sum of at most 9 parts in fp32, of gradients below 10
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_micro_batches_of_classes_are_weighed_by_their_rows():
+    batch = {"input_ids": torch.zeros(5, 3, dtype=torch.long), "labels": torch.tensor([0, 1, 0, 1, 1])}
+    assert [weight for _, weight in quality.parts_of(batch, 2)] == [3 / 5, 2 / 5]
+
+
+@given(
+    batch_sizes=st.lists(st.integers(1, 512), min_size=1, max_size=4, unique=True),
+    lengths=st.lists(st.integers(1, 512), max_size=2, unique=True),
+    steps=st.none() | st.integers(1, 1000),
+)
+def test_settings_have_steps_or_tokens_in_common(batch_sizes, lengths, steps):
+    base = suites.SUITES["instruct"]
+    given_ = {"batch_sizes": batch_sizes, "lengths": lengths or None, "steps": steps}
+    alike = suites.altered(base, **given_).settings
+    assert {setting.steps for setting in alike} == {steps or 150}
+    count = len(batch_sizes) * max(1, len(lengths))
+    assert len({(setting.batch_size, setting.length) for setting in alike}) == count
+    wanted = (steps or 150) * 8 * 128
+    for setting in suites.altered(base, **given_, equal="tokens").settings:
+        a_step = setting.batch_size * (setting.length or 128)
+        assert abs(setting.tokens - wanted) <= max(a_step / 2, a_step - wanted)  # to the nearest step, one at least
+
+
+@pytest.mark.parametrize("field", ["batch_sizes", "lengths"])
+@pytest.mark.parametrize("value", [0, -8, 2.5])
+def test_sizes_that_are_no_sizes_are_refused(field, value):
+    with pytest.raises(ValueError, match=f"must be a whole number of 1 or more, got {value}"):
+        suites.altered(SUITE, **{field: [value]})
+
+
+def test_a_suite_takes_its_sizes_optimizers_and_rates_from_the_command_line(results, monkeypatch):
+    monkeypatch.setitem(suites.SUITES, "small", SUITE)
+    words = "--suite small --batch-size 1 3 --length 12 --steps 2 --optimizers sgd --lr 0.1 --seeds 0"
+    quality.main(words.split())
+    rows = harness.rows("quality")
+    assert [(row["batch_size"], row["length"], row["steps"], row["optimizer"], row["lr"]) for row in rows] == [
+        (size, 12, 2, "sgd", 0.1) for size in (1, 3)
+    ]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10, 12, 37])
+def test_a_learning_curve_has_ten_points(steps):
+    row = quality.run_cell(quality.Cell("small", steps, 1, "sgd", 1e-2, 0), Small())
+    assert len(row["curve"]) == 10
+    assert row["curve"][-1] == round(row["validation_loss"], 4)
+
+
+def test_looking_at_the_curve_changes_nothing():
+    class Blind(Small):
+        def validation_loss(self, model):
+            return 0.0
+
+    cell = quality.Cell("small", 12, 2, "sgc(min_size=0)", 1e-2, 0)
+    assert quality.run_cell(cell, Small())["losses"] == quality.run_cell(cell, Blind())["losses"]
+
+
+# ---- costs, and what a kill leaves -----------------------------------------------------------------------------------
+
+
+@given(
+    seconds=st.lists(st.floats(0.1, 100), max_size=30),
+    limit=st.floats(1, 200),
+)
+def test_pieces_keep_the_order_and_the_limit(seconds, limit):
+    class Given:
+        def expect(self, cells):
+            return sum(cells)
+
+    divided = quality.pieces(seconds, Given(), limit)
+    assert list(itertools.chain(*divided)) == seconds
+    assert all(len(piece) == 1 or sum(piece) <= limit for piece in divided)
+
+
+def test_a_piece_ends_in_time_and_the_same_command_goes_on(results):
+    quality.run_suite(SUITE, seconds=1e-9)
+    assert len(cells_run()) == 1  # a cell that is longer than a piece runs, too
+    quality.run_suite(SUITE, seconds=600)
+    assert len(cells_run()) == len(set(cells_run())) == 8
+
+
+def test_the_costs_are_those_of_rows_of_this_machine_and_nothing_is_run(results, capsys, monkeypatch):
+    here, other = (harness.provenance()["machine"], "another")
+    monkeypatch.setattr(harness, "provenance", lambda: {"machine": other})
+    harness.add_row("quality", row("adamw", 1.0, 0, 0.5) | {"seconds": 600.0})
+    cells = quality.to_come(SUITE)
+    assert quality.Pace("quality").expect(cells) == 600 * 8  # better than nothing
+    monkeypatch.setattr(harness, "provenance", lambda: {"machine": here})
+    harness.add_row("quality", row("adamw", 1.0, 0, 0.5) | {"seconds": 50.0, "seconds_in_all": 60.0})
+    monkeypatch.setitem(suites.SUITES, "small", SUITE)
+    quality.main(["--suite", "small", "--dry-run", "--minutes", "3"])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said[:-1]] == [
+        f"piece {i}, about {m} min" for i, m in ((1, 3), (2, 3), (3, 2))
+    ]
+    assert said[-1] == "8 runs, about 8 min in all, by 1 rows of this machine; 0 of them guessed"
+    assert len(harness.rows("quality")) == 2
+    bigger = cells[0]._replace(batch_size=2 * SETTING.batch_size)
+    pace = quality.Pace("quality")
+    assert pace.expect([bigger]) == 120
+    assert not pace.knows(bigger)
+
+
+def test_a_row_that_was_cut_off_anywhere_is_dropped_and_made_again(results, monkeypatch):
+    monkeypatch.setattr(harness, "provenance", lambda: {"machine": "this"})
+    kept, cut, after = ({"cell": name, "text": 'a "quoted" {word}'} for name in ("kept", "cut", "after"))
+    harness.add_row("cut", kept)
+    harness.add_row("cut", cut)
+    path = results / "cut.jsonl"
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for end in range(first, len(whole)):
+        path.write_bytes(whole[:end])
+        is_whole = end == len(whole) - 1  # only the line's end is missing
+        names = ["kept", "cut"] if is_whole else ["kept"]
+        assert [row["cell"] for row in harness.rows("cut")] == names
+        harness.add_row("cut", after)
+        assert [row["cell"] for row in harness.rows("cut")] == [*names, "after"]
+        assert path.read_bytes().startswith(whole[:first])
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -379,12 +598,59 @@ def test_missing_data_are_named(monkeypatch, tmp_path):
 # ---- real data -------------------------------------------------------------------------------------------------------
 
 
-def test_held_out_text_is_never_trained_on(shared_data, monkeypatch):
+def frozen(values):
+    """Return nested lists as what can be in a set."""
+    return tuple(map(frozen, values)) if isinstance(values, (list, tuple)) else values
+
+
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [("instruct", 0), ("wikipedia", 0), ("shakespeare", 32), ("RTE", 16)],
+)
+def test_no_row_is_in_two_splits(name, length, shared_data, monkeypatch):
     monkeypatch.setattr(tasks, "SHARED", shared_data)
-    task = tasks.open_task("shakespeare", 0)
-    trained = {tuple(piece) for piece in task.data["train"].tolist()}
-    assert len(task.data["test"]) == task.held_out
-    assert not trained & {tuple(piece) for piece in task.data["test"].tolist()}
+    task = tasks.open_task(name, 0, length=length)
+    splits = {
+        split: [frozen(row.tolist() if isinstance(row, torch.Tensor) else row) for row in rows]
+        for split, rows in task.data.items()
+    }
+    assert list(splits) == ["train", "validation", "test"]
+    assert len(splits["validation"]) <= len(splits["test"])
+    if name in tasks.TEXTS:
+        assert len(splits["test"]) == task.held_out
+        assert {len(row) for rows in splits.values() for row in rows} == {length or 128}
+        for one, other in itertools.combinations(splits.values(), 2):
+            assert not set(one) & set(other)
+    else:  # sentences may be said twice; rows are told apart by their count
+        assert len(splits["train"]) + len(splits["validation"]) == 2490
+        assert max(len(ids) for rows in splits.values() for ids, _ in rows) == (length or 64)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9, 10, 100, 10**5])
+def test_the_validation_split_is_no_larger_than_the_test_split_or_a_tenth(rows):
+    assert tasks.validation_rows(rows, 64) == max(1, min(64, rows // 10))
+
+
+def test_few_training_rows_leave_the_validation_split_as_it_is(shared_data, monkeypatch):
+    monkeypatch.setattr(tasks, "SHARED", shared_data)
+    all_, few = (tasks.open_task("instruct", rows).data for rows in (0, 64))
+    assert len(few["train"]) == 64
+    assert torch.equal(few["validation"], all_["validation"])
+    assert torch.equal(few["train"], all_["train"][:64])
+
+
+def test_rows_of_a_file_are_in_one_split_each(results, tmp_path, offline):
+    """Of 40 training rows 4 are held out, of which answers are generated, too; the test rows are the file's own."""
+    words = ("--model_name_or_path", str(tasks.TINY_LLAMA), "--dataset", commonsense(tmp_path, "train", 40))
+    words += ("--eval_dataset", commonsense(tmp_path, "boolq", 6), "--max_length", "128")
+    task = tasks.open_task("own", 30, {"own": tasks.Source("own", words)})
+    splits = [task.job.train, task.validation.test, task.job.test]
+    assert [len(split) for split in splits] == [30, 4, 6]
+    texts = [{tuple(row["input_ids"]) for row in split} for split in splits]
+    assert not texts[0] & texts[1]
+    assert not texts[2] & (texts[0] | texts[1])
+    assert len(task.validation.prompts) == 4
+    assert task.validation.train["input_ids"] == task.job.train["input_ids"]
 
 
 def test_a_seed_draws_the_same_batches_for_every_optimizer(shared_data, monkeypatch):
