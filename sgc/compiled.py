@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import itertools
 import math
 import os
+import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -23,6 +26,7 @@ from sgc import dispatch
 PART_ENTRIES = 1 << 18  # rows or chunks of so many entries are one task, whatever the number of threads
 BLOCK_ENTRIES = 1 << 20  # entries of a 16-bit gradient that are turned to fp32 at a time
 MOST_INSERTED = 128  # beyond so many entries of a chunk, insertion takes longer than torch's partition
+_CPU = torch.device("cpu")
 _FP32 = torch.float32  # whatever torch's default dtype
 _pools: dict[int, ThreadPoolExecutor] = {}
 if hasattr(os, "register_at_fork"):
@@ -46,6 +50,12 @@ def _choose(mode: str) -> dispatch.Choice:
         if mode == "numba":
             raise RuntimeError(f'{dispatch.VARIABLE}=numba asks for numba, which is missing: pip install "sgc[numba]"')
         return dispatch.Choice("torch", 'numba is not installed: pip install "sgc[numba]"')
+    try:
+        _loops()
+    except ImportError as error:  # as where numba is too old for this numpy
+        if mode == "numba":
+            raise
+        return dispatch.Choice("torch", f"numba can't be imported: {error}")
     return dispatch.Choice("numba", f"numba {metadata.version('numba')}")
 
 
@@ -67,7 +77,7 @@ def square_sums(grid: Tensor) -> tuple[Tensor, Tensor]:
     rows, cols = grid.shape
     step = max(1, 4 * PART_ENTRIES // max(1, cols))  # as many sums over columns are held
     parts = math.ceil(rows / step)
-    row, col = torch.empty(rows, dtype=_FP32), torch.zeros(parts, cols, dtype=_FP32)
+    row, col = torch.empty(rows, dtype=_FP32, device=_CPU), torch.zeros(parts, cols, dtype=_FP32, device=_CPU)
     loops, array = _loops(), _array(grid)
     row_array, col_array = _array(row), _array(col)
 
@@ -112,8 +122,9 @@ def select(
     """
     chunk, pieces, rows_per_chunk = shape
     chunks = math.ceil(grid.shape[0] / rows_per_chunk) * pieces
-    index, value = torch.empty(chunks, sparsity, dtype=torch.int64), torch.empty(chunks, sparsity, dtype=_FP32)
-    whitening = [torch.empty(0, dtype=_FP32)] * 2 if a is None or b is None else [a, b]
+    index = torch.empty(chunks, sparsity, dtype=torch.int64, device=_CPU)
+    value = torch.empty(chunks, sparsity, dtype=_FP32, device=_CPU)
+    whitening = [torch.empty(0, dtype=_FP32, device=_CPU)] * 2 if a is None or b is None else [a, b]
     scalars = _floats(eps, math.inf if a is None else clip)
     arrays = (
         *map(_array, (grid, *whitening)),
@@ -153,7 +164,7 @@ def recover(
         index: int64, s' at most MOST_INSERTED; ascending in each chunk.
         value: fp32; 0 on padding.
     """
-    real = torch.empty(0, dtype=torch.int64) if lengths is None else lengths
+    real = torch.empty(0, dtype=torch.int64, device=_CPU) if lengths is None else lengths
     arrays = (
         *map(_array, (correlation, words)),
         sketch_size,
@@ -183,7 +194,7 @@ def _share_rows(function: Callable[..., None], shape: tuple[int, ...] | torch.Si
 
 
 def _share(run: Callable[[int, int], None], parts: int) -> None:
-    """Do run(first, last) over all parts, on as many threads as torch has."""
+    """Do run(first, last) over all parts, on as many threads as torch has, or as can be had."""
     threads = min(torch.get_num_threads(), parts)
     if threads <= 1:
         run(0, parts)
@@ -191,10 +202,28 @@ def _share(run: Callable[[int, int], None], parts: int) -> None:
     if threads not in _pools:
         _pools[threads] = ThreadPoolExecutor(threads - 1, thread_name_prefix="sgc")
     edges = [parts * number // threads for number in range(threads + 1)]
-    others = [_pools[threads].submit(run, *edge) for edge in list(itertools.pairwise(edges))[1:]]
-    run(edges[0], edges[1])
-    for other in others:
-        other.result()
+    left, done = deque(itertools.pairwise(edges)), threading.Semaphore(0)
+
+    def work() -> None:
+        while left:
+            try:
+                edge = left.popleft()  # so that each is done once, whoever comes for it
+            except IndexError:
+                return
+            try:
+                run(*edge)
+            finally:
+                done.release()
+
+    helpers = []
+    with contextlib.suppress(RuntimeError):  # while the interpreter ends, no thread takes work, and none begins
+        for _ in range(threads - 1):
+            helpers.append(_pools[threads].submit(work))  # noqa: PERF401  # one that is refused leaves those before it
+    work()
+    for helper in helpers:
+        helper.result()
+    for _ in range(threads):
+        done.acquire()
 
 
 def _array(x: Tensor) -> Any:
@@ -203,7 +232,7 @@ def _array(x: Tensor) -> Any:
 
 
 def _floats(*numbers: float) -> list[Any]:
-    return list(torch.tensor(numbers, dtype=torch.float32).numpy())
+    return list(torch.tensor(numbers, dtype=_FP32, device=_CPU).numpy())
 
 
 @functools.cache

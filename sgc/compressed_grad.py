@@ -25,20 +25,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from sgc import memory, moments, ranks
 from sgc.checks import whole
 from sgc.codec.layout import Layout
 from sgc.codec.project import mix
 from sgc.step import Whitening, encode, gradient_norm, mean_squares, whiten_by
+from sgc.surroundings import shielded
 
 if TYPE_CHECKING:
     from sgc.optimizer import SGC
 
 BUCKET_ENTRIES = 1 << 22  # fp32 numbers that ranks sum in one message (16 MiB)
+FACTOR = "gradient_factor"  # in every group: what clipping and unscaling made of the last compressed gradients
 aten = torch.ops.aten
-_attached = WeakIdKeyDictionary()  # parameter → weak reference to its compressor
+_compressors = weakref.WeakSet["Compressor"]()  # of all optimizers
 
 
 class Sums(NamedTuple):
@@ -79,24 +80,22 @@ class Buffer:
 
 
 class Slot:
-    """One attached parameter: its chunks, and where its sums lie in the buffer of its bucket."""
+    """One attached parameter: its chunks, and where its sums lie in the buffer of its bucket.
 
-    def __init__(self, number: int, param: Tensor, layout: Layout, group: Mapping[str, Any], sample_every: int) -> None:
-        self.number, self.layout = number, layout
-        self._param = weakref.ref(param)  # a gradient holds the slot, and must not hold its parameter
-        rule, sketch_size = group["moments"], group["sketch_size"]
-        self.sample_every = 0 if sketch_size else sample_every  # m; 0: a sketch is held
-        sketch: tuple[int, ...] = (layout.chunks, min(sketch_size, layout.chunk))
-        if not sketch_size:
-            sketch = (math.ceil(layout.numel / sample_every),)
-        factored = rule in moments.FACTORED
-        self.shapes: list[tuple[int, ...]] = [
-            sketch,
-            sketch if rule == "sketched" else (0,),
-            (layout.rows if factored else 0,),
-            (layout.cols if factored else 0,),
-            (3,),
-        ]
+    A gradient holds its slot, so a slot must not hold its parameter, nor a group of them. A weak reference to the
+    parameter would keep torch from swapping its contents, as `model.to` may do: the compressor, which holds both, is
+    asked for them.
+    """
+
+    def __init__(
+        self, compressor: Compressor, number: int, layout: Layout, group: Mapping[str, Any], sample_every: int
+    ) -> None:
+        self._compressor = weakref.ref(compressor)
+        self.key = number  # of the parameter, when it was attached
+        self.number: int | None = number  # of the parameter now; None: its group has left the optimizer
+        self.layout = layout
+        self.sample_every = 0 if group["sketch_size"] else sample_every  # m; 0: a sketch is held
+        self.shapes = _shapes(layout, group, sample_every)
         self.entries = sum(map(math.prod, self.shapes))
         self.bucket = Bucket([self])
         self.start = 0
@@ -117,18 +116,29 @@ class Slot:
             if flat is not None:
                 self.part(flat).zero_()
 
-    def first(self, seed: int, t: int) -> int:
+    def first(self, t: int) -> int:
         """Give the first entry whose gradient is held for update t; it takes the turns of a cycle in random order."""
         cycle, turn = divmod(t - 1, self.sample_every)
-        key = mix(mix(seed & 0xFFFFFFFF) ^ cycle)
+        key = mix(mix(self.group["seed"] & 0xFFFFFFFF) ^ cycle)
         return sorted(range(self.sample_every), key=lambda entry: mix(key ^ (entry + 1)))[turn]
+
+    @property
+    def compressor(self) -> Compressor:
+        """Give who compresses its gradients."""
+        compressor = self._compressor()
+        if compressor is None:
+            raise RuntimeError("the optimizer of this compressed gradient is gone: set param.grad to None")
+        return compressor
 
     @property
     def param(self) -> Tensor:
         """Give the parameter."""
-        param = self._param()
-        assert param is not None  # the compressor holds it
-        return param
+        return self.compressor.params[self.key]
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """Give the hyperparameters."""
+        return self.compressor.groups[self.key]
 
     @property
     def held(self) -> CompressedGradient | None:
@@ -142,7 +152,7 @@ class Bucket:
 
     def __init__(self, slots: list[Slot]) -> None:
         self.slots = slots
-        self.waiting: set[int] = set()  # numbers of the slots that the backward under way has not reached
+        self.waiting: set[int] = set()  # keys of the slots that the backward under way has not reached
         self.sent = False
         self._buffer: Callable[[], Buffer | None] = lambda: None
         start = 0
@@ -172,28 +182,30 @@ class Bucket:
 class CompressedGradient(Tensor):
     """A gradient of which the sketch is held: what `param.grad` of an attached parameter is.
 
-    Defined are its 2-norm, adding a gradient, scaling in place (as clipping and `GradScaler` do) and zeroing; all else
-    would need the gradient itself, and raises RuntimeError. (ours)
+    Defined are its 2-norm, adding a gradient, scaling in place by one number (as clipping and `GradScaler` do) and
+    zeroing; all else would need the gradient itself, and raises RuntimeError. (ours)
     """
 
     @staticmethod
-    def __new__(cls, compressor: Compressor, slot: Slot, buffer: Buffer) -> CompressedGradient:  # noqa: D102
+    def __new__(cls, slot: Slot, buffer: Buffer) -> CompressedGradient:  # noqa: D102
         param = slot.param
         return torch.Tensor._make_wrapper_subclass(cls, param.shape, dtype=param.dtype, device=param.device)
 
-    def __init__(self, compressor: Compressor, slot: Slot, buffer: Buffer) -> None:
-        self._compressor, self.slot, self.buffer = weakref.ref(compressor), slot, buffer
+    def __init__(self, slot: Slot, buffer: Buffer) -> None:
+        self.slot, self.buffer = slot, buffer
         self.restart()
 
     def restart(self) -> None:
         """Be the gradient to which nothing has been added; the buffer is the caller's to clear."""
-        compressor, slot = self.compressor, self.slot
-        factor = None if slot.sample_every else compressor.last_factor
-        self.prescale = None if factor is None else factor.to(slot.param.device)  # multiplies what is added
-        self.first = compressor.first(slot)  # the first entry held, where there is no sketch
-        self.scale = torch.ones((), dtype=torch.float32, device=slot.param.device)  # c
-        if self.prescale is not None:
+        slot = self.slot
+        self.first = self.compressor.first(slot)  # the first entry held, where there is no sketch
+        self.scale = torch.ones((), dtype=torch.float32, device=slot.param.device)  # c, in fp32 whatever scales it
+        factor = 1.0 if slot.sample_every else slot.group.get(FACTOR, 1.0)
+        self.prescale: Tensor | None = None  # multiplies what is added
+        if isinstance(factor, Tensor) or factor != 1:
+            self.prescale = torch.as_tensor(factor, dtype=torch.float32, device=slot.param.device)
             self.scale = self.scale / self.prescale
+        self.early = True  # it was compressed before anybody could clip or unscale it
         self.scaled = False  # somebody has clipped or unscaled it
         self.spent = False  # a step has used it
         self.zeroed = False  # it is a gradient of zeros, not one that never came
@@ -201,15 +213,29 @@ class CompressedGradient(Tensor):
     @property
     def compressor(self) -> Compressor:
         """Give who compressed it."""
-        compressor = self._compressor()
-        if compressor is None:
-            raise RuntimeError("the optimizer of this compressed gradient is gone: set param.grad to None")
-        return compressor
+        return self.slot.compressor
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # a builtin for a method
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch's takes tensor_contents, which repr() never gives
         return f"CompressedGradient(shape={tuple(self.shape)}, held={self.slot.shapes[0]})"
+
+    @property
+    def data(self) -> CompressedGradient:
+        """Give the gradient itself; torch would let anything be put here, to no effect."""
+        return self
+
+    @data.setter
+    def data(self, other: Tensor) -> None:
+        if other is not self:
+            raise RuntimeError("a compressed gradient can't be given other data: set param.grad to a whole gradient")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError("a compressed gradient can't be pickled: optimizer.state_dict() holds what it has summed")
+
+    def share_memory_(self) -> CompressedGradient:
+        """Refuse: it has no memory of its own, which torch does not ask."""
+        raise RuntimeError("a compressed gradient can't be shared: call optimizer.zero_grad() first")
 
     def sums(self) -> Sums:
         """View what is held."""
@@ -219,7 +245,7 @@ class CompressedGradient(Tensor):
         """Give ‖g‖₂, fp32: exact for one micro-batch on one rank, else estimated from the sketches."""
         self.compressor.finish()
         sums = self.sums()
-        return self.scale / self.compressor.world_size * (agreement(sums) * sums.norm_sq).sqrt()
+        return self.scale.abs() / self.compressor.world_size * (agreement(sums) * sums.norm_sq).sqrt()
 
     def step_norm(self) -> Tensor:
         """Give ‖g‖₂, or −1 where no rank had a gradient."""
@@ -256,7 +282,8 @@ class CompressedGradient(Tensor):
     def _factors(self, sums: Sums) -> tuple[Tensor, Tensor]:
         """Give c/W, and what Σgᵢ² is multiplied by to be g²."""
         self.spent = True
-        self.compressor.expect(self.scale if self.prescale is None else self.scale * self.prescale)
+        if self.early:
+            self.compressor.expect(self.slot, self.scale if self.prescale is None else self.scale * self.prescale)
         factor = self.scale / self.compressor.world_size
         return factor, agreement(sums) * factor.square()
 
@@ -290,20 +317,44 @@ def _rewhitening(held: Tensor, beta2: float, used: Tensor, true: Tensor) -> Tens
 # ---- what loops, clippers and scalers do with gradients --------------------------------------------------------------
 
 
-def _norm(_: Any, gradient: CompressedGradient, order: float = 2, dim: Any = None, *rest: Any, **kwargs: Any) -> Tensor:
-    if order != 2 or dim is not None:
-        raise RuntimeError(f"of a compressed gradient only the 2-norm is known, got order {order}")
-    return gradient.true_norm()
+def _norm(
+    _: Any,
+    gradient: Tensor,
+    order: Any = 2,
+    dim: Any = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    if not isinstance(gradient, CompressedGradient) or order != 2 or dim is not None or keepdim:
+        raise RuntimeError(f"of a whole compressed gradient only the 2-norm is known, got order={order}, dim={dim}")
+    norm = gradient.true_norm()
+    return norm if dtype is None else norm.to(dtype)
 
 
-def _scale(_: Any, gradient: CompressedGradient, factor: Any) -> CompressedGradient:
+def _number(gradient: Any, value: Any) -> Tensor:
+    """Give what scales a gradient as an fp32 number beside it."""
+    one = isinstance(value, Tensor) and value.numel() == 1 and not isinstance(value, CompressedGradient)
+    if not isinstance(gradient, CompressedGradient) or not (one or isinstance(value, int | float)):
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise RuntimeError(f"a compressed gradient is scaled by one real number, and scales nothing itself, got {got}")
+    if isinstance(value, Tensor) and value.is_complex():
+        raise RuntimeError(f"a compressed gradient is scaled by one real number, got one in {value.dtype}")
+    return torch.as_tensor(value, dtype=torch.float32, device=gradient.scale.device).reshape(())
+
+
+def _scale(_: Any, gradient: Any, factor: Any) -> CompressedGradient:
+    number = _number(gradient, factor)
     gradient.compressor.finish()
-    gradient.scale, gradient.scaled = gradient.scale * factor, True
+    gradient.scale, gradient.scaled = gradient.scale * number, True
     return gradient
 
 
-def _divide(_: Any, gradient: CompressedGradient, divisor: Any) -> CompressedGradient:
-    return _scale(_, gradient, 1 / divisor)
+def _divide(_: Any, gradient: Any, divisor: Any) -> CompressedGradient:
+    number = _number(gradient, divisor)
+    gradient.compressor.finish()
+    gradient.scale, gradient.scaled = gradient.scale / number, True
+    return gradient
 
 
 def _zero(_: Any, gradient: CompressedGradient) -> CompressedGradient:
@@ -314,9 +365,11 @@ def _zero(_: Any, gradient: CompressedGradient) -> CompressedGradient:
     return gradient
 
 
-def _add(_: Any, gradient: CompressedGradient, other: Tensor, *, alpha: float = 1) -> CompressedGradient:
-    if isinstance(other, CompressedGradient) or not isinstance(gradient, CompressedGradient) or alpha != 1:
-        raise RuntimeError("to a compressed gradient a whole gradient of the same parameter can be added, nothing else")
+def _add(func: Any, gradient: Tensor, other: Any, *, alpha: float = 1) -> CompressedGradient:
+    whole = isinstance(other, Tensor) and not isinstance(other, CompressedGradient) and other.shape == gradient.shape
+    accumulates = func is aten.add_.Tensor or torch._C._current_graph_task_id() != -1  # a backward is under way
+    if not whole or not isinstance(gradient, CompressedGradient) or alpha != 1 or not accumulates:
+        raise RuntimeError("to a compressed gradient a whole one of its parameter is added in place, and nothing else")
     gradient.compressor.add(gradient.slot, other)
     return gradient
 
@@ -333,7 +386,7 @@ def _each(func: Any, gradients: Sequence[Tensor], *args: Any, **kwargs: Any) -> 
 
 def _each_by(func: Any, gradients: Sequence[Tensor], others: Sequence[Any]) -> Any:
     for gradient, other in zip(gradients, others, strict=True):
-        _FOREACH[func](gradient, other)
+        _FOREACH_BY[func](gradient, other)
 
 
 def _unscale(func: Any, gradients: Sequence[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
@@ -345,17 +398,22 @@ def _unscale(func: Any, gradients: Sequence[Tensor], found_inf: Tensor, inv_scal
         if isinstance(gradient, CompressedGradient):
             norm_sq = gradient.true_norm().square()
             found_inf.copy_(torch.maximum(found_inf, (~norm_sq.isfinite()).to(found_inf)))
-            _scale(func, gradient, inv_scale.squeeze())
+            _scale(func, gradient, inv_scale)
 
 
-_FOREACH = {
+_FOREACH: dict[Any, Callable[..., Any]] = {
     aten._foreach_norm.Scalar: torch.linalg.vector_norm,
     aten._foreach_mul_.Scalar: Tensor.mul_,
     aten._foreach_mul_.Tensor: Tensor.mul_,
-    aten._foreach_mul_.ScalarList: Tensor.mul_,
     aten._foreach_div_.Scalar: Tensor.div_,
     aten._foreach_div_.Tensor: Tensor.div_,
     aten._foreach_zero_.default: Tensor.zero_,
+}
+_FOREACH_BY: dict[Any, Callable[..., Any]] = {
+    aten._foreach_mul_.ScalarList: Tensor.mul_,
+    aten._foreach_mul_.List: Tensor.mul_,
+    aten._foreach_div_.ScalarList: Tensor.div_,
+    aten._foreach_div_.List: Tensor.div_,
 }
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.linalg_vector_norm.default: _norm,
@@ -370,7 +428,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.detach_.default: _itself,
     aten._amp_foreach_non_finite_check_and_unscale_.default: _unscale,
     **dict.fromkeys(_FOREACH, _each),
-    aten._foreach_mul_.ScalarList: _each_by,
+    **dict.fromkeys(_FOREACH_BY, _each_by),
 }
 
 
@@ -384,12 +442,13 @@ class Compressor:
         _check_model(optimizer, model)
         sample_every = whole("sample_every", sample_every, at_least=1)
         self._optimizer = weakref.ref(optimizer)
-        self.slots = {slot.param: slot for slot in _slots(optimizer, sample_every)}
+        self.params = {number: param for number, param, _ in optimizer._numbered()}  # by the keys of slots
+        self.groups = {number: group for number, _, group in optimizer._numbered()}
+        self.slots = {slot.param: slot for slot in _slots(self, optimizer, sample_every)}
         if not self.slots:
             raise ValueError("no gradient can be compressed: every trained tensor is smaller than its min_size")
         self.world_size = 1
         self._sent_bytes = self._reduced_bytes = 0  # to the ranks since the last step, and for it
-        self.last_factor: Tensor | None = None  # what clipping and unscaling made of the gradients of the last step
         self._group: Any = None
         self._sending: list[Buffer] = []
         self._last = False  # whether ranks sum after the backward under way
@@ -398,11 +457,10 @@ class Compressor:
         self._order: list[Bucket] = []
         self._alone = not _has_group()
         self._take_back: Callable[[], Any] = lambda: None
-        for param in self.slots:
-            other = _attached.get(param)
-            if other is not None and (old := other()) is not None:
-                old.remove()  # of two optimizers the newer compresses
-            _attached[param] = weakref.ref(self)
+        for other in list(_compressors):
+            if not self.slots.keys().isdisjoint(other.slots):
+                other.remove()  # of two optimizers the newer compresses
+        _compressors.add(self)
         if not self._alone:
             self._leave_to_ddp_what_it_needs(model)
         self._handles = [param.register_post_accumulate_grad_hook(self._hook()) for param in self.slots]
@@ -416,6 +474,7 @@ class Compressor:
         """Take the hooks off; gradients are whole from the next backward on."""
         for handle in self._handles:
             handle.remove()
+        _compressors.discard(self)
         self._take_back()
 
     @property
@@ -446,7 +505,9 @@ class Compressor:
 
         def compress(param: Tensor) -> None:
             owner = compressor()
-            if owner is not None and not isinstance(param.grad, CompressedGradient):
+            if owner is None or owner.slots[param].number is None:
+                return
+            if not isinstance(param.grad, CompressedGradient):
                 _refuse_deepspeed(param)
                 if owner._alone and _has_group():
                     raise RuntimeError("call optimizer.attach(model) after torch.distributed.init_process_group")
@@ -466,18 +527,39 @@ class Compressor:
 
         return queue
 
+    def follow(self) -> None:
+        """Learn where every parameter is: groups come and go, and loading a checkpoint makes them anew.
+
+        Raises:
+            RuntimeError: the group of a parameter is of other sizes than when it was attached.
+        """
+        places = {param: (number, group) for number, param, group in self._owner()._numbered()}
+        for param, slot in self.slots.items():
+            before = slot.group
+            slot.number, group = places.get(param, (None, before))
+            layout = memory.tensor_layout(param.shape, group)
+            if group is not before and (layout is None or _shapes(layout, group, slot.sample_every) != slot.shapes):
+                raise RuntimeError(
+                    f"{self._owner()._name_of(param)} is in a group of other sizes than when it was attached: call "
+                    "optimizer.attach(model) again"
+                )
+            self.groups[slot.key] = group
+
     # -- adding
 
-    @torch.no_grad()
-    def add(self, slot: Slot, gradient: Tensor) -> None:
-        """Add a gradient of one parameter to what `param.grad` holds of it."""
-        if gradient.layout is not torch.strided:
-            name = self._owner()._parameter_name(slot.number)
-            raise TypeError(f"SGC needs dense gradients, {name} has one in layout {gradient.layout}")
+    def add(self, slot: Slot, gradient: Tensor, *, early: bool = True) -> None:
+        """Add a gradient of one parameter to what `param.grad` holds of it; `early`: it may yet be clipped."""
+        self._owner()._check_gradient(slot.param, gradient)
+        with shielded([slot.param]):
+            self._add(slot, gradient, early)
+
+    def _add(self, slot: Slot, gradient: Tensor, early: bool) -> None:
         buffer, held = slot.bucket.open(), slot.held
         if held is None:
             slot.clear(buffer)  # a dropped gradient may have left something
-            held = slot.param.grad = CompressedGradient(self, slot, buffer)
+            held = slot.param.grad = CompressedGradient(slot, buffer)
+            if not early:
+                held.scale, held.prescale, held.early = torch.ones_like(held.scale), None, False
         elif held.scaled:
             self._fold(held)
         self._encode(slot, gradient, held)
@@ -489,7 +571,7 @@ class Compressor:
     def _fold(self, held: CompressedGradient) -> None:
         """Put the factor of a clipped or unscaled sum into it, before more is added."""
         optimizer, square = self._owner(), held.scale.square()
-        group, factor = optimizer._group_of(held.slot.number), held.scale
+        group, factor = held.slot.group, held.scale
         for flat in (held.buffer.flat, held.buffer.earlier):
             if flat is not None:
                 sums = held.slot.sums(flat)
@@ -505,8 +587,7 @@ class Compressor:
         held.scale, held.prescale, held.scaled = torch.ones_like(held.scale), None, False
 
     def _encode(self, slot: Slot, gradient: Tensor, held: CompressedGradient) -> None:
-        optimizer, param, layout, sums = self._owner(), slot.param, slot.layout, held.sums()
-        group = optimizer._group_of(slot.number)
+        optimizer, param, layout, group, sums = self._owner(), slot.param, slot.layout, slot.group, held.sums()
         factor = held.prescale  # only of sketches
         norm_sq = gradient_norm(gradient).square()
         sums.norm_sq.add_(norm_sq if factor is None else norm_sq * factor.square())
@@ -533,29 +614,29 @@ class Compressor:
         if sums.q is not None and q is not None:
             sums.q.add_(q)
 
-    def expect(self, factor: Tensor) -> None:
-        """Expect of the next step that clipping and unscaling multiply its gradients by this factor, too."""
-        usable = factor.isfinite() & (factor > 0)
-        last = 1.0 if self.last_factor is None else self.last_factor.to(factor.device)
-        self.last_factor = torch.where(usable, factor, last)
+    def expect(self, slot: Slot, factor: Tensor) -> None:
+        """Expect of the next step that clipping and unscaling multiply this group's gradients as far, too."""
+        factor = factor.abs()
+        last = torch.as_tensor(slot.group.get(FACTOR, 1.0), dtype=torch.float32, device=factor.device)
+        slot.group[FACTOR] = torch.where(factor.isfinite() & (factor > 0), factor, last)
 
     def first(self, slot: Slot) -> int:
         """Give the first entry of a tensor whose gradient the next update holds."""
         if not slot.sample_every:
             return 0
-        optimizer = self._owner()
-        group = optimizer._group_of(slot.number)
-        return slot.first(group["seed"], int(optimizer._state_of(slot.param, group)["step"]) + 1)
+        return slot.first(int(self._owner()._state_of(slot.param, slot.group)["step"]) + 1)
 
     # -- using
 
-    @torch.no_grad()
     def collect(self) -> None:
         """Make every gradient ready for a step: compressed, also where somebody has set a whole one, and summed."""
+        self.follow()
         for param, slot in self.slots.items():
             if param.grad is not None and slot.held is None:
                 gradient, param.grad = param.grad, None
-                self.add(slot, gradient)
+                self.add(slot, gradient, early=False)
+                # swapping a parameter's contents, as `model.to` may do, leaves its hooks idle until they are set again
+                param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks
         self.finish()
         self._reduced_bytes, self._sent_bytes = self._sent_bytes, 0
 
@@ -567,27 +648,27 @@ class Compressor:
 
     def pending(self) -> dict[int, Tensor]:
         """Give what is held of the gradients that no step has used yet, by parameter number."""
+        self.follow()
         self.finish()
-        held = {slot.number: slot.held for slot in self.slots.values()}
+        held = {slot.number: slot.held for slot in self.slots.values() if slot.number is not None}
         return {
             number: torch.cat([gradient.slot.part(gradient.buffer.flat), gradient.scale.reshape(1)])
             for number, gradient in held.items()
-            if gradient is not None and not gradient.spent
+            if gradient is not None and not gradient.spent and not gradient.zeroed
         }
 
     @torch.no_grad()
-    def restore(self, pending: dict[int, Tensor], factor: float | None) -> None:
-        """Put the gradients of a checkpoint back, and the factor of the last step."""
-        device = next(iter(self.slots)).device
-        self.last_factor = None if factor is None else torch.tensor(factor, dtype=torch.float32, device=device)
+    def restore(self, pending: Mapping[int, Tensor]) -> None:
+        """Put the gradients of a checkpoint back."""
+        self.follow()
         for slot in self.slots.values():
             slot.param.grad = None
-            if slot.number in pending:
+            if slot.number is not None and slot.number in pending:
                 saved = pending[slot.number].to(slot.param.device)
                 buffer = slot.bucket.make()
                 slot.part(buffer.flat).copy_(saved[:-1])
                 buffer.reduced = bool(self._order)  # `pending` has summed it over the ranks
-                held = CompressedGradient(self, slot, buffer)
+                held = CompressedGradient(slot, buffer)
                 held.scale = saved[-1].clone()
                 slot.param.grad = held
 
@@ -603,8 +684,7 @@ class Compressor:
         before = getattr(model, "_ddp_params_and_buffers_to_ignore", None)
         ignored = _Ignored(before or (), names)
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
-        params = [weakref.ref(param) for param in self.slots]
-        self._take_back = weakref.finalize(self, _unignore, weakref.ref(model), ignored, before, params)
+        self._take_back = weakref.finalize(self, _unignore, weakref.ref(model), ignored, before)
         self._order = _buckets(list(self.slots.values()))
 
     def _before_forward(self) -> None:
@@ -623,7 +703,7 @@ class Compressor:
         if self._last:
             self._unsummed = True
             for bucket in self._order:
-                bucket.waiting, bucket.sent = {slot.number for slot in bucket.slots}, False
+                bucket.waiting, bucket.sent = {slot.key for slot in bucket.slots}, False
 
     def _join(self, ddp: nn.parallel.DistributedDataParallel) -> None:
         """Start as DistributedDataParallel does: every rank with the weights of its first."""
@@ -644,7 +724,7 @@ class Compressor:
 
     def _after_last(self, slot: Slot) -> None:
         """Send what is complete while backward goes on, buckets in the same order on every rank."""
-        slot.bucket.waiting.discard(slot.number)
+        slot.bucket.waiting.discard(slot.key)
         self._queue()
         for bucket in self._order:
             if bucket.waiting:
@@ -666,7 +746,7 @@ class Compressor:
                 buffer = bucket.make() if bucket.sent else bucket.open()
                 if not bucket.sent:
                     slot.clear(buffer)
-                param.grad = CompressedGradient(self, slot, buffer)
+                param.grad = CompressedGradient(slot, buffer)
 
     def _send(self, bucket: Bucket) -> None:
         """Start to sum a bucket over the ranks."""
@@ -733,16 +813,14 @@ def _has_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _unignore(
-    model: Callable[[], nn.Module | None], ignored: set[str], before: Any, params: Sequence[Callable[[], Tensor | None]]
-) -> None:
+def _unignore(model: Callable[[], nn.Module | None], ignored: set[str], before: Any) -> None:
     """Take back what DistributedDataParallel was told, unless somebody has told it something else since."""
     owner = model()
     if owner is None or getattr(owner, "_ddp_params_and_buffers_to_ignore", None) is not ignored:
         return
     del owner._ddp_params_and_buffers_to_ignore
-    for param in (param() for param in params):
-        if param is not None and hasattr(param, "_ddp_ignored"):
+    for name, param in owner.named_parameters():
+        if name in ignored and hasattr(param, "_ddp_ignored"):
             del param._ddp_ignored
     if before is not None:
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(owner, before)
@@ -769,7 +847,16 @@ def _refuse_deepspeed(param: Tensor) -> None:
         raise RuntimeError("DeepSpeed reduces and holds the gradients itself: use it without optimizer.attach(model)")
 
 
-def _slots(optimizer: SGC, sample_every: int) -> list[Slot]:
+def _shapes(layout: Layout, group: Mapping[str, Any], sample_every: int) -> list[tuple[int, ...]]:
+    """Give the shapes of what is summed of one tensor, as `Sums` names it; the last holds three numbers."""
+    sketch: tuple[int, ...] = (layout.chunks, min(group["sketch_size"], layout.chunk))
+    if not group["sketch_size"]:
+        sketch = (math.ceil(layout.numel / sample_every),)
+    row, col = (layout.rows, layout.cols) if group["moments"] in moments.FACTORED else (0, 0)
+    return [sketch, sketch if group["moments"] == "sketched" else (0,), (row,), (col,), (3,)]
+
+
+def _slots(compressor: Compressor, optimizer: SGC, sample_every: int) -> list[Slot]:
     """Make a slot for every parameter whose gradients can be compressed."""
     slots = []
     for number, param, group in optimizer._numbered():
@@ -787,11 +874,12 @@ def _slots(optimizer: SGC, sample_every: int) -> list[Slot]:
                 "set rank=None"
             )
         if type(param.data) is not Tensor:
+            optimizer._check_numbers(param, param)
             raise TypeError(
                 f"compressed gradients need whole parameters, {optimizer._parameter_name(number)} is "
                 f"{type(param.data).__name__}: sharded parameters have sharded gradients already"
             )
-        slots.append(Slot(number, param, layout, group, sample_every))
+        slots.append(Slot(compressor, number, layout, group, sample_every))
     return slots
 
 

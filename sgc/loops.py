@@ -6,16 +6,43 @@ What a chunk needs fits in the first cache. `sgc.compiled` calls these with tens
 
 from __future__ import annotations
 
+import contextlib
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
-_OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
-_compile: Callable[[Any], Any] = numba.njit(**_OPTIONS)
-_compile_sums: Callable[[Any], Any] = numba.njit(**_OPTIONS, fastmath={"reassoc", "nsz", "contract"})
+_UNUSABLE = OSError, EOFError, pickle.UnpicklingError  # what numba may raise of the files of its cache
+
+
+class _Cache(FunctionCache):
+    """What is compiled, kept for other processes where it can be: a full disk or a damaged file only costs time."""
+
+    def save_overload(self, *args: Any) -> None:
+        with contextlib.suppress(*_UNUSABLE):
+            super().save_overload(*args)
+
+    def load_overload(self, *args: Any) -> Any:
+        with contextlib.suppress(*_UNUSABLE):
+            return super().load_overload(*args)
+        return None
+
+
+def _compile(function: Callable[..., Any], **options: Any) -> Any:
+    compiled = numba.njit(nogil=True, error_model="numpy", **options)(function)
+    with contextlib.suppress(RuntimeError):  # there is no place that can be written to
+        compiled._cache = _Cache(function)  # as enable_caching does
+    return compiled
+
+
+def _compile_sums(function: Callable[..., Any]) -> Any:
+    return _compile(function, fastmath={"reassoc", "nsz", "contract"})
+
+
 _ZERO = np.float32(0)
 _MAGNITUDE = np.int32(0x7FFFFFFF)  # all of a float but its sign
 _LOWEST = np.int32(-(2**31))

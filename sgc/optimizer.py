@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-import weakref
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from sgc import dispatch, memory, moments, ranks, sharded
 from sgc.arguments import check_group, check_param, warn_small_sketch
 from sgc.checks import plain, rate, shown, whole
 from sgc.codec.layout import Layout
 from sgc.codec.project import Projection, mix
-from sgc.compressed_grad import CompressedGradient, Compressor
+from sgc.compressed_grad import FACTOR, CompressedGradient, Compressor
 from sgc.step import (
     PROBED_CHUNKS,
     Update,
@@ -33,6 +33,7 @@ from sgc.step import (
     sketched_update,
     square_sums,
 )
+from sgc.surroundings import has_numbers, shielded
 from sgc.zero import Partition, Piece, Tools, find_pieces, on_cpu
 
 if TYPE_CHECKING:
@@ -40,11 +41,11 @@ if TYPE_CHECKING:
 
     from sgc.kernels.batch import Batch, Entry, Pending, Sparse
 
-FACTOR = "gradient_factor"  # in a checkpoint, in every group: what clipping made of the last compressed gradients
 PENDING = "pending"  # in a checkpoint, beside the state of a tensor: its compressed gradient
 TUNABLE = ("betas", "eps", "weight_decay", "recovered", "recovery", "scale", "refresh_every", "maximize")
 PROBE_EVERY = 10  # steps from one look at the recovery to the next
 CONFIGURATION = ("chunk_size", "sketch_size", "sparsity", "moments", "rank", "min_size", "state_dtype", "seed")
+_NOT_PROBED = torch.full((1, 3), math.nan, dtype=torch.float32, device="cpu")
 _logger = logging.getLogger("sgc")
 
 
@@ -144,8 +145,11 @@ class SGC(torch.optim.Optimizer):
         if self._presence is None and self.check_ranks and ranks.several():
             self._presence = ranks.Presence(self)
         self._compressor: Compressor | None = None
-        self._given: list[weakref.ref[Tensor]] = getattr(self, "_given", [])  # a sharding harness may replace them
-        self._given_by_id: dict[int, weakref.ref[Tensor]] = getattr(self, "_given_by_id", {})
+        self._idle_said = False
+        # The lists of the groups, as DeepSpeed puts others in the place of them. Others hold no parameter alive that a
+        # harness has taken out of its list, and unlike weak references let torch swap the contents of one.
+        self._given: list[list[Tensor]] = getattr(self, "_given", [])
+        self._given_ids: set[int] = set()
         self._partitions: dict[Tensor, Partition] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -157,6 +161,7 @@ class SGC(torch.optim.Optimizer):
         self._start()
         self._compressor = compressor
         super().__setstate__(state)
+        self._given = self._given or [group["params"] for group in self.param_groups]
 
     @classmethod
     def for_budget(cls, params: Iterable[Any], state_bytes: int, **kwargs: Any) -> SGC:
@@ -210,11 +215,12 @@ class SGC(torch.optim.Optimizer):
         check_group(group)
         warn_small_sketch(group)
         group.setdefault("steps", 0)  # calls of `step`, for the seeds of rounding: a decay alone is rounded anew, too
+        group.setdefault(FACTOR, 1.0)
         for number, param in enumerate(group["params"], start=sum(len(other["params"]) for other in self.param_groups)):
             check_param(param, number, group)
         super().add_param_group(group)
-        self._given += [weakref.ref(param) for param in self.param_groups[-1]["params"]]
-        self._given_by_id = {id(param): ref for ref in self._given if (param := ref()) is not None}
+        self._given.append(self.param_groups[-1]["params"])
+        self._given_ids.update(map(id, self._given[-1]))
 
     def attach(self, model: nn.Module, *, sample_every: int = 8) -> SGC:
         """Compress every gradient as soon as backward has made it, so that they never pile up.
@@ -261,7 +267,7 @@ class SGC(torch.optim.Optimizer):
             self._compressor.remove()
             self._compressor = None
 
-    @torch.no_grad()
+    @_disable_dynamo  # as torch has it for the parts of its own optimizers that a compiler can't follow
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one update of every parameter that has a gradient.
 
@@ -272,15 +278,23 @@ class SGC(torch.optim.Optimizer):
             closure: evaluates the model again and returns the loss.
 
         Raises:
-            TypeError: a gradient in a sparse layout, or a parameter that is sharded in another way than FSDP2's.
+            TypeError: a gradient in a sparse layout, a parameter that is sharded in another way than FSDP2's, or a
+                tensor that is only a shape.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with shielded(param for _, param, _ in self._numbered()):
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         self._compare_ranks()
+        self._given_ids = {id(param) for params in self._given for param in params}
         if self._compressor is not None:
-            if not self._compressor.slots.keys() <= {param for _, param, _ in self._numbered()}:
+            here = {param for _, param, _ in self._numbered()}
+            if not self._compressor.slots.keys() <= here and any(id(param) not in self._given_ids for param in here):
                 raise RuntimeError(
                     "parameters were replaced after optimizer.attach(model), as FSDP does: compressed gradients need "
                     "whole ones, and sharded parameters have sharded gradients already"
@@ -290,19 +304,13 @@ class SGC(torch.optim.Optimizer):
             self._compressor.collect()
         ready: list[tuple[int, Tensor, Any, Any]]
         ready = [(number, p, p.grad, group) for number, p, group in self._numbered() if p.grad is not None]
-        for number, param, gradient, _ in ready:
-            if gradient.layout is not torch.strided:
-                name = self._parameter_name(number)
-                raise TypeError(f"SGC needs dense gradients, {name} has one in layout {gradient.layout}")
-            if sharded.is_flattened(param):
-                raise TypeError(
-                    f"SGC needs the shapes of the tensors it trains, and FSDP1 has flattened "
-                    f"{self._parameter_name(number)}: use FSDP2, which is torch.distributed.fsdp.fully_shard, or "
-                    "fsdp_version: 2 in accelerate's configuration"
-                )
+        for _, param, gradient, _ in ready:
+            self._check_gradient(param, gradient)
+        if not ready:
+            self._say_if_idle()
         if any(self._partition(param) is not None for _, param, _, _ in ready):
             self._step_partitions(ready)
-            return loss
+            return
         self._steps += 1
         for group in self.param_groups:
             group["steps"] += 1
@@ -326,7 +334,35 @@ class SGC(torch.optim.Optimizer):
         self._unsettled.append((norms, {device: self._batches[device].update(batches[device]) for device in batches}))
         if not batches:
             self._settle()
-        return loss
+
+    def _check_gradient(self, param: Tensor, gradient: Tensor) -> None:
+        if gradient.layout is not torch.strided:
+            raise TypeError(f"SGC needs dense gradients, {self._name_of(param)} has one in layout {gradient.layout}")
+        if sharded.is_flattened(param):
+            raise TypeError(
+                f"SGC needs the shapes of the tensors it trains, and FSDP1 has flattened {self._name_of(param)}: use "
+                "FSDP2, which is torch.distributed.fsdp.fully_shard, or fsdp_version: 2 in accelerate's configuration"
+            )
+        self._check_numbers(param, gradient)
+
+    def _check_numbers(self, param: Tensor, gradient: Tensor) -> None:
+        if not (has_numbers(param) and has_numbers(gradient)):
+            raise TypeError(
+                f"SGC needs the numbers of what it trains, and {self._name_of(param)} or its gradient is only a shape "
+                "(a meta or fake tensor): put the model on a device, as by model.to_empty, before the optimizer is made"
+            )
+
+    def _say_if_idle(self) -> None:
+        """Warn, once, where no step will ever move anything."""
+        params = [param for _, param, _ in self._numbered()]
+        if self._idle_said or not params or any(param.requires_grad for param in params):
+            return
+        self._idle_said = True
+        warnings.warn(
+            f"SGC trains nothing: none of its {len(params)} parameters requires a gradient. Where adapters were added "
+            "to the model, or layers unfrozen, after the optimizer was made, make the optimizer anew",
+            stacklevel=7,
+        )
 
     def _split_batches(
         self, ready: Sequence[tuple[int, Tensor, Any, Any]]
@@ -405,10 +441,9 @@ class SGC(torch.optim.Optimizer):
     def _partition(self, param: Tensor) -> Partition | None:
         """Give the pieces of a tensor that DeepSpeed has put in the place of others."""
         if param not in self._partitions and not sharded.is_sharded(param):
-            known = self._given_by_id.get(id(param))
             found = None
-            if known is None or known() is not param:
-                found = find_pieces(param, [tensor() for tensor in self._given])
+            if id(param) not in self._given_ids:
+                found = find_pieces(param, [tensor for params in self._given for tensor in params])
             if found is None:
                 return None
             self._partitions[param] = Partition(param, *found)
@@ -463,6 +498,10 @@ class SGC(torch.optim.Optimizer):
                 return group["param_names"][within] if group.get("param_names") else f"parameter {number}"
             within -= len(group["params"])
         raise IndexError(number)
+
+    def _name_of(self, param: Tensor) -> str:
+        names = (self._parameter_name(number) for number, other, _ in self._numbered() if other is param)
+        return next(names, "a parameter")
 
     def _update(
         self,
@@ -536,13 +575,6 @@ class SGC(torch.optim.Optimizer):
                 state[name] = torch.zeros(shape, dtype=dtype, device=device)
         return state
 
-    def _group_of(self, number: int) -> dict[str, Any]:
-        for group in self.param_groups:
-            if number < len(group["params"]):
-                return group
-            number -= len(group["params"])
-        raise IndexError(number)
-
     def _generator(
         self, number: int, param: Tensor, group: Mapping[str, Any], stream: int = 0
     ) -> torch.Generator | None:
@@ -611,7 +643,7 @@ class SGC(torch.optim.Optimizer):
         tensors = {id(param): param for param in (*self.held_tensors(), *self._partitions)}
         parameters = sum(sharded.local(param).numel() for param in tensors.values())
         held = self.state_bytes()
-        probes = torch.stack([probe.cpu() for probe in self._probes]) if self._probes else torch.full((1, 3), math.nan)
+        probes = torch.stack([probe.cpu() for probe in self._probes]) if self._probes else _NOT_PROBED
         left, whole = probes[:, 0].sum().item(), probes[:, 1].sum().item()
         unexplained = left / whole if whole > 0 else math.nan
         return {
@@ -629,7 +661,7 @@ class SGC(torch.optim.Optimizer):
         """List what this process updates: trained parameters, or what a sharding harness has put in their place."""
         trained = [param for _, param, _ in self._numbered() if param.requires_grad or param in self.state]
         listed = trained or list(self._partitions)  # ZeRO-3 shows them at a step
-        return listed or [tensor for given in self._given if (tensor := given()) is not None]
+        return listed or [tensor for params in self._given for tensor in params]
 
     def state_bytes(self) -> int:
         """Count the bytes really held: every state tensor, A, compressed gradients, and what is kept for `stats`."""
@@ -666,18 +698,20 @@ class SGC(torch.optim.Optimizer):
         Those are summed over the ranks first: in the middle of an accumulation, call it on every rank.
         """
         self._settle()
-        state_dict = super().state_dict()
+        every, here = self.state, {param for _, param, _ in self._numbered()}
+        # that of parameters whose group was removed is kept, as torch does, and not saved, for which torch has no place
+        self.state = defaultdict(dict, {key: held for key, held in every.items() if key in here})
+        try:
+            state_dict = super().state_dict()
+        finally:
+            self.state = every
         # a scheduler may have put a number of NumPy's into a group, which torch.load(weights_only=True) refuses
         state_dict["param_groups"] = [
             {name: value if isinstance(value, Tensor) else plain(value) for name, value in group.items()}
+            | {FACTOR: float(group.get(FACTOR, 1.0))}
             for group in state_dict["param_groups"]
         ]
-        if self._compressor is None:
-            return state_dict
-        if self._compressor.last_factor is not None:
-            factor = self._compressor.last_factor.item()
-            state_dict["param_groups"] = [{**group, FACTOR: factor} for group in state_dict["param_groups"]]
-        pending = self._compressor.pending()
+        pending = {} if self._compressor is None else self._compressor.pending()
         if pending:
             state = dict(state_dict["state"])
             for number, gradient in pending.items():
@@ -724,9 +758,8 @@ class SGC(torch.optim.Optimizer):
                 for name, value in (saved or {}).items():
                     device = "cpu" if on_cpu(name) else param.device
                     self.state[param][name] = sharded.whole(value).detach().to(device=device, copy=True)
-            factors = [group.pop(FACTOR, None) for group in self.param_groups]
             if self._compressor is not None:
-                self._compressor.restore(pending, factors[0])
+                self._compressor.restore(pending)
 
         # the user's hooks rename and reorder states, so ours is the last before torch loads and the first after it
         hooks = [
@@ -804,6 +837,9 @@ def _checked_group(number: int, own: Mapping[str, Any], saved: dict[str, Any]) -
     try:
         check_group(merged)
         merged["steps"] = whole("steps", merged["steps"], at_least=0)
+        merged[FACTOR] = rate(FACTOR, saved.get(FACTOR, 1.0))
+        if not merged[FACTOR]:
+            raise ValueError(f"{FACTOR} must be positive, got 0")
     except (TypeError, ValueError) as error:
         raise type(error)(f"parameter group {number} of the checkpoint is damaged: {error}") from None
     for name in CONFIGURATION:
@@ -883,7 +919,9 @@ def _norms(gradients: list[Tensor], sums: list[tuple[Tensor, Tensor] | None]) ->
         return []
     pairs = zip(gradients, sums, strict=True)
     norms = [_norm(gradient) if known is None else known[0].sum().sqrt() for gradient, known in pairs]
-    return torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()
+    found = torch.stack([norm.to(norms[0].device) for norm in norms])
+    # torch gives the norm of a single entry without squaring it: what squares make of the others is made of it here
+    return torch.where(found < 0, found, found.square().sqrt()).tolist()
 
 
 def _norm(gradient: Any) -> Tensor:

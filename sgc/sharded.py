@@ -141,7 +141,7 @@ def make_state(param: DTensor, group: Mapping[str, Any], shard: Shard) -> dict[s
     state: dict[str, Tensor] = {}
     for key, (shape, dtype, split) in state_placements(param, group).items():
         if key == "step":
-            state[key] = torch.zeros(shape, dtype=dtype)
+            state[key] = torch.zeros(shape, dtype=dtype, device="cpu")
             continue
         own = (shard.stop - shard.start, *shape[1:]) if split else shape
         state[key] = _placed(torch.zeros(own, dtype=dtype, device=param.device), shape, shard, split)

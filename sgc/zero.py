@@ -121,23 +121,22 @@ class Tools:
     probe: Callable[[Piece, Layout, Projection | None, Mapping[str, Any], Update], None]
 
 
-def find_pieces(flat: Tensor, tensors: Sequence[Tensor | None]) -> tuple[list[Piece], Any] | None:
+def find_pieces(flat: Tensor, tensors: Sequence[Tensor]) -> tuple[list[Piece], Any] | None:
     """Ask DeepSpeed which pieces of which tensors lie in a partition.
 
     Args:
         flat: what the optimizer is given to update.
-        tensors: those that the optimizer was made with; None for one that is gone.
+        tensors: those that the optimizer was made with.
 
     Returns:
         The pieces and the process group over which partitions are spread, or None where it is no partition.
     """
-    numbers = {id(tensor): number for number, tensor in enumerate(tensors) if tensor is not None}
-    known = [tensor for tensor in tensors if tensor is not None]
-    for owner in (getattr(tensor, "_z3_optimizer", None) for tensor in known):
+    numbers = {id(tensor): number for number, tensor in enumerate(tensors)}
+    for owner in (getattr(tensor, "_z3_optimizer", None) for tensor in tensors):
         if owner is not None:
             return _pieces_of_stage_3(flat, owner, numbers)
     pieces, group = [], None
-    for tensor in known:
+    for tensor in tensors:
         mapping = getattr(tensor, "_hp_mapping", None)
         group = getattr(tensor, "_dp_group", None) if group is None else group  # a rank may hold padding only
         if mapping is None or mapping.hp_fragment.untyped_storage().data_ptr() != flat.untyped_storage().data_ptr():
@@ -265,7 +264,7 @@ class Partition:
         sizes = {n: _sums_size(memory.tensor_layout(shape, group), group) for n, shape, _ in self._meet()}
         if not sizes:
             return
-        buffer = torch.zeros(sum(sizes.values()), device=self.flat.device)
+        buffer = torch.zeros(sum(sizes.values()), dtype=torch.float32, device=self.flat.device)
         parts = dict(zip(sizes, buffer.split(list(sizes.values())), strict=True))
         shared = [sight for sight in sights if sight.piece.number in parts]
         for sight in shared:
@@ -290,7 +289,7 @@ class Partition:
             return
         kinds = 2 if group["moments"] == "sketched" else 1
         chunks = [place.stop - place.start for _, place in places]
-        buffer = torch.zeros(kinds, sum(chunks), width, device=self.flat.device)
+        buffer = torch.zeros(kinds, sum(chunks), width, dtype=torch.float32, device=self.flat.device)
         by_number = {sight.piece.number: sight for sight in moving}
         cut: list[tuple[Tensor, Tensor]] = []  # own sketches, their place in the buffer
         for (number, place), part in zip(places, buffer.split(chunks, dim=1), strict=True):

@@ -1,8 +1,12 @@
 """The loops that numba compiles give what plain torch gives: the same indices, values within the tolerances."""
 
+import errno
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -19,6 +23,13 @@ from tests.tolerances import RIDGE_VALUE, SUM
 
 needs_numba = pytest.mark.skipif(not compiled._installed(), reason="numba is not installed")
 SHAPES = [(1, 4096), (7, 300), (64, 96), (40, 1024), (3, 5, 200), (5000,), (33, 8), (300, 257), (4, 6000)]
+
+
+def raises(error):
+    def call(*_, **__):
+        raise error
+
+    return call
 
 
 def on(path, call, *arguments):
@@ -240,3 +251,106 @@ def test_no_temporary_of_a_step_exceeds_64_mb(path, kwargs, dtype):
     largest, peak = on(path, temporaries, optimizer.step, torch.device("cpu"))
     assert 0 < largest <= peak
     assert largest <= 64e6
+
+
+@needs_numba
+def test_a_step_works_where_numba_can_keep_nothing(tmp_path, monkeypatch):
+    """No place can be written to, then one that fills up: compiled all the same, with the same result."""
+    from numba.core.caching import FunctionCache
+
+    from sgc import loops
+
+    grid = torch.arange(12, dtype=torch.float32).view(3, 4)
+    source = tmp_path / "loops.py"
+    shutil.copy(loops.__file__, source)
+    for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.setenv(name, "/dev/null")
+
+    def sums():
+        spec = importlib.util.spec_from_file_location("copied_loops", source)
+        copied = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(copied)
+        row, col = torch.empty(3), torch.zeros(4)
+        copied.square_sums(grid.numpy(), row.numpy(), col.numpy(), 0, 3)
+        assert torch.equal(row, grid.square().sum(1))
+        assert torch.equal(col, grid.square().sum(0))
+
+    (tmp_path / "__pycache__").touch()
+    sums()
+    (tmp_path / "__pycache__").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(FunctionCache, "save_overload", raises(OSError(errno.ENOSPC, "No space left on device")))
+        sums()
+    assert not list((tmp_path / "__pycache__").glob("*.nb[ci]"))
+    sums()
+    assert list((tmp_path / "__pycache__").glob("*.nbc"))
+    for damaged in (tmp_path / "__pycache__").glob("*.nb[ci]"):
+        damaged.write_bytes(damaged.read_bytes()[:20])
+    sums()
+
+
+@needs_numba
+def test_numba_that_can_not_be_imported_is_said_to_be(monkeypatch):
+    monkeypatch.setattr(compiled, "_loops", raises(ImportError("Numba needs NumPy 2.3 or less")))
+    compiled._choose.cache_clear()
+    monkeypatch.setenv(dispatch.VARIABLE, "auto")
+    try:
+        assert compiled.choose() == ("torch", "numba can't be imported: Numba needs NumPy 2.3 or less")
+        monkeypatch.setenv(dispatch.VARIABLE, "numba")
+        with pytest.raises(ImportError, match="Numba needs NumPy"):
+            compiled.choose()
+    finally:
+        compiled._choose.cache_clear()
+
+
+@needs_numba
+@pytest.mark.parametrize("accepted", [0, 1, 2])
+def test_every_part_is_done_once_where_no_thread_takes_work(monkeypatch, accepted):
+    """While the interpreter ends; or where a system lets no more threads begin, after their work was noted."""
+
+    class Ending(ThreadPoolExecutor):
+        submitted = 0
+
+        def submit(self, *work):
+            future = super().submit(*work)
+            self.submitted += 1
+            if self.submitted > accepted:
+                raise RuntimeError("can't start new thread")
+            return future
+
+    monkeypatch.setattr(compiled, "_pools", {4: Ending(3)})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    for parts in (4, 7, 100):
+        counts = [0] * parts
+
+        def run(first, last, counts=counts):
+            for part in range(first, last):
+                counts[part] += 1
+
+        compiled._share(run, parts)
+        assert counts == [1] * parts
+
+
+@needs_numba
+def test_a_step_works_while_the_interpreter_ends():
+    """In a thread that outlives the main one, and at exit."""
+    code = """
+import atexit, threading, torch
+from sgc import SGC
+torch.set_num_threads(2)
+weight = torch.nn.Parameter(torch.ones(1024, 1024))
+optimizer = SGC([weight])
+def step():
+    before = weight.detach().clone()
+    weight.grad = torch.ones(1024, 1024)
+    optimizer.step()
+    assert not torch.equal(weight, before)
+    print("stepped")
+def later():
+    threading.main_thread().join()
+    step()
+threading.Thread(target=later).start()
+atexit.register(step)
+"""
+    run = subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True, text=True)
+    assert run.stdout == "stepped\n" * 2, run.stderr

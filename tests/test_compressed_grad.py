@@ -1,12 +1,16 @@
 import copy
 import gc
 import math
+import pickle
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from sgc import SGC
 from sgc.compressed_grad import CompressedGradient
@@ -434,18 +438,174 @@ def test_more_can_be_added_after_clipping(rule):
     assert_close(model[0].weight.grad.sums().p, 2 * share * sketch, 0.05)
 
 
-def test_what_needs_the_gradient_itself_is_refused_with_a_sentence():
+@pytest.fixture(scope="module")
+def gradients():
+    """Gradients of matrices, compressed and whole."""
     model = make_model()
-    optimizer = SGC(model.parameters(), **SKETCHED)
-    optimizer.attach(model)
+    optimizer = SGC(model.parameters(), **SKETCHED).attach(model)
     loss_of(model, batches(1)[0]).backward()
-    gradient = model[0].weight.grad
-    assert gradient.shape == model[0].weight.shape
+    yield [model[0].weight.grad, torch.randn(4, 4), model[2].weight.grad]
+    del optimizer
+
+
+NUMBERS = {
+    "a float": 0.5,
+    "an integer": 2,
+    "a boolean": True,
+    "minus one": -1.0,
+    "of numpy": np.float32(0.5),
+    "0-d": torch.tensor(0.5),
+    "0-d, fp64": torch.tensor(0.3, dtype=torch.float64),
+    "0-d, bf16": torch.tensor(0.5, dtype=torch.bfloat16),
+    "0-d, integer": torch.tensor(2),
+    "one entry": torch.tensor([0.5]),
+    "one entry, 2-d": torch.tensor([[4.0]]),
+}
+SCALINGS = {
+    "mul_": lambda all, number: [gradient.mul_(number) for gradient in all],
+    "div_": lambda all, number: [gradient.div_(number) for gradient in all],
+    "*=": lambda all, number: [gradient.__imul__(number) for gradient in all],
+    "/=": lambda all, number: [gradient.__itruediv__(number) for gradient in all],
+    "of data": lambda all, number: [gradient.data.mul_(number) for gradient in all],
+    "of what is detached": lambda all, number: [gradient.detach().div_(number) for gradient in all],
+    "_foreach_mul_": torch._foreach_mul_,
+    "_foreach_div_": torch._foreach_div_,
+    "_foreach_mul_, a list": lambda all, number: torch._foreach_mul_(all, [number] * len(all)),
+    "_foreach_div_, a list": lambda all, number: torch._foreach_div_(all, [number] * len(all)),
+}
+
+
+@pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
+@pytest.mark.parametrize("scale", SCALINGS.values(), ids=SCALINGS)
+def test_it_is_scaled_by_whatever_scales_gradients(gradients, scale, number):
+    """As a whole gradient of the same norm is: by the factor that ones become."""
+    ones = [torch.ones(48, 32) for _ in gradients]
+    try:
+        scale(ones, number)
+    except (TypeError, RuntimeError) as error:  # as lists of numpy's numbers
+        pytest.skip(f"torch does not scale gradients by this: {error}")
+    before = torch._foreach_norm(gradients)
+    held = [gradient.scale.clone() for gradient in gradients if isinstance(gradient, CompressedGradient)]
+    scale(gradients, number)
+    for norm, old, factor in zip(torch._foreach_norm(gradients), before, ones, strict=True):
+        assert_close(norm, old * factor[0, 0].abs())
+    after = [gradient.scale for gradient in gradients if isinstance(gradient, CompressedGradient)]
+    assert all(new.dtype is torch.float32 for new in after)
+    assert torch.stack([new / old for new, old in zip(after, held, strict=True)]).tolist() == pytest.approx(
+        [float(ones[0][0, 0])] * len(held), rel=1e-6
+    )
+    for gradient in gradients:  # as it was
+        gradient.div_(ones[0][0, 0])
+
+
+whole = torch.ones(48, 32)
+REFUSED = {
+    "scaled by a row": lambda g: g.mul_(torch.ones(32)),
+    "scaled by a matrix": lambda g: g.mul_(whole),
+    "divided by a row": lambda g: g.div_(torch.ones(32)),
+    "scaled by a complex number": lambda g: g.mul_(2j),
+    "scaled by a complex tensor": lambda g: g.mul_(torch.tensor(2j)),
+    "scaled by itself": lambda g: g.mul_(g),
+    "divided and rounded": lambda g: g.div_(2, rounding_mode="floor"),
+    "scaling others": lambda g: whole.clone().mul_(g),
+    "dividing others": lambda g: whole.clone().div_(g),
+    "scaling others in a list": lambda g: torch._foreach_mul_([whole.clone()], [g]),
+    "scaled by a row in a list": lambda g: torch._foreach_div_([g], [torch.ones(32)]),
+    "scaled out of place": lambda g: g * 2,
+    "scaled out of place in a list": lambda g: torch._foreach_mul([g], 2.0),
+    "added to others": lambda g: whole.clone().add_(g),
+    "added out of place": lambda g: g + whole,
+    "added to a number": lambda g: g.add_(1.0),
+    "added to a row": lambda g: g.add_(torch.ones(32)),
+    "added in part": lambda g: g.add_(whole, alpha=0.5),
+    "added to itself": lambda g: g.add_(g),
+    "added in a list": lambda g: torch._foreach_add_([g], [whole]),
+    "subtracted": lambda g: g.sub_(whole),
+    "negated": lambda g: g.neg_(),
+    "clipped by value": lambda g: g.clamp_(-1, 1),
+    "clipped by value in a list": lambda g: torch._foreach_clamp_max_([g], 1.0),
+    "copied": lambda g: g.clone(),
+    "copied deeply": copy.deepcopy,
+    "copied into": lambda g: g.copy_(whole),
+    "copied out of": lambda g: whole.clone().copy_(g),
+    "given other data": lambda g: setattr(g, "data", whole),
+    "pickled": pickle.dumps,
+    "shared": lambda g: g.share_memory_(),
+    "of another dtype": lambda g: g.double(),
+    "read": lambda g: g[0],
+    "written": lambda g: g.__setitem__(0, 1.0),
+    "summed": lambda g: g.sum(),
+    "of an infinity norm": lambda g: torch.linalg.vector_norm(g, math.inf),
+    "of a 1-norm": lambda g: g.norm(1),
+    "of norms of rows": lambda g: g.norm(dim=1),
+    "of a norm of its shape": lambda g: torch.linalg.vector_norm(g, keepdim=True),
+    "compared": lambda g: g == whole,
+    "tested": lambda g: torch.isfinite(g),
+}
+
+
+@pytest.mark.parametrize("use", REFUSED.values(), ids=REFUSED)
+def test_what_needs_the_gradient_itself_is_refused_with_a_sentence_and_changes_nothing(gradients, use):
+    gradient = gradients[0]
+    assert gradient.shape == (48, 32)
     assert gradient.dtype is torch.float32
-    with pytest.raises(RuntimeError, match="only a sketch is held"):
-        gradient.clone()
-    with pytest.raises(RuntimeError, match="2-norm"):
-        torch.linalg.vector_norm(gradient, math.inf)
+    before = gradient.true_norm(), gradient.sums().p.clone()
+    with pytest.raises(RuntimeError, match="a (whole )?compressed gradient"):
+        use(gradient)
+    assert torch.equal(gradient.true_norm(), before[0])
+    assert torch.equal(gradient.sums().p, before[1])
+
+
+@pytest.mark.parametrize("foreach", [None, False, True])
+@pytest.mark.parametrize("rule", ["sketched", "subspace"])
+def test_clipping_and_unscaling_make_the_step_of_whole_gradients(rule, foreach):
+    """Rules that do not whiten at backward see the same numbers, however often they are scaled."""
+    ends = []
+    for attach in (False, True):
+        model = make_model()
+        optimizer = SGC(model.parameters(), **SKETCHED, moments=rule, eps=1e-3)
+        if attach:
+            optimizer.attach(model)
+        for x in batches(3):
+            (loss_of(model, x) * 512).backward()
+            torch._foreach_div_([param.grad for param in model.parameters()], 512.0)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05, foreach=foreach)
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(weights(model))
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm_type", [1.0, math.inf])
+def test_clipping_by_another_norm_is_refused(norm_type):
+    model = make_model()
+    optimizer = SGC(model.parameters(), **SKETCHED).attach(model)
+    loss_of(model, batches(1)[0]).backward()
+    with pytest.raises(RuntimeError, match="only the 2-norm is known"):
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, norm_type)
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("factor", [-1.0, 0.0, math.nan, math.inf])
+@pytest.mark.parametrize("changed", [{}, {"sketch_size": 0}], ids=["sketch", "sampled"])
+def test_a_factor_of_any_kind_does_what_it_does_to_whole_gradients(changed, factor):
+    """Minus one ascends, zero only decays, and what is not finite is skipped and counted."""
+    model = make_model()
+    optimizer = SGC(model.parameters(), **{**SKETCHED, **changed}, weight_decay=0.5).attach(model, sample_every=1)
+    before = model[0].weight.detach().clone()
+    x = batches(1)[0]
+    gradient = torch.autograd.grad(loss_of(model, x), model[0].weight)[0]
+    loss_of(model, x).backward()
+    model[0].weight.grad.mul_(factor)
+    optimizer.step()
+    moved = model[0].weight.detach() - before * (1 - 0.5e-2)
+    if factor == -1:
+        assert (moved * gradient).sum() > 0
+    elif factor == 0:
+        assert moved.abs().max() <= SUM
+    else:
+        assert torch.equal(model[0].weight, before)
+    assert optimizer.stats()["skipped_tensors"] == (not math.isfinite(factor))
 
 
 # ---- attaching -------------------------------------------------------------------------------------------------------
@@ -538,6 +698,51 @@ def test_resume_in_the_middle_of_an_accumulation_is_bit_equal(rule, dtype, tmp_p
         if name in checkpoint["dense"]:
             param.grad = checkpoint["dense"][name]
     go_on(resumed, loaded, 10, 16)
+    assert torch.equal(weights(resumed), weights(model))
+
+
+def by_torch(model, optimizer, other, again, folder):
+    torch.save([model.state_dict(), optimizer.state_dict()], folder / "state.pt")
+    weights, state = torch.load(folder / "state.pt", weights_only=True)
+    other.load_state_dict(weights)
+    again.load_state_dict(state)
+
+
+def by_distributed_checkpoint(model, optimizer, other, again, folder):
+    dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)), checkpoint_id=folder)
+    state = dict(zip(("model", "optimizer"), get_state_dict(other, again), strict=True))
+    dcp.load(state, checkpoint_id=folder)  # only what has a place in the state of a new optimizer
+    set_state_dict(other, again, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("attach_last", [False, True])
+@pytest.mark.parametrize("way", [by_torch, by_distributed_checkpoint])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", [*RULES, "sampled"])
+def test_resume_with_clipping_is_bit_equal(rule, dtype, way, attach_last, tmp_path):
+    changed = {"sketch_size": 0} if rule == "sampled" else {"moments": rule}
+
+    def make(attach=True):
+        model = make_model(dtype)
+        optimizer = SGC(model.parameters(), **{**SKETCHED, **changed})
+        return model, optimizer.attach(model) if attach else optimizer
+
+    def go_on(model, optimizer, first, last):
+        for x in batches(6)[first:last]:
+            (30 * loss_of(model, x)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = make()
+    go_on(model, optimizer, 0, 3)
+    resumed, loaded = make(attach=not attach_last)
+    way(model, optimizer, resumed, loaded, tmp_path)
+    if attach_last:
+        loaded.attach(resumed)
+    go_on(model, optimizer, 3, 6)
+    go_on(resumed, loaded, 3, 6)
     assert torch.equal(weights(resumed), weights(model))
 
 

@@ -324,6 +324,28 @@ def test_a_gradient_that_is_not_finite_skips_its_tensor_alone_and_is_counted(rul
     assert math.isfinite(optimizer.stats()["grad_norm"])
 
 
+@pytest.mark.parametrize("size", [1e30, 1e19, 1e-30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (2,), (3, 1), (1, 600), (40, 20)])
+@pytest.mark.parametrize("rule", RULES + SKETCHLESS)
+def test_overflow_is_judged_by_the_sum_of_squares_in_fp32_whatever_the_shape(rule, shape, dtype, size):
+    """1e30 squared is infinite and 1e-30 squared is zero, for one entry as for many; 1e19 squared is neither."""
+    (p,) = make_params([shape], dtype)
+    optimizer = SGC([p], **{**configured(rule), "min_size": 16}, lr=0.1, weight_decay=0.5)
+    run(optimizer, 1)
+    before, state = p.detach().clone(), copy.deepcopy(optimizer.state[p])
+    p.grad = torch.zeros_like(p)
+    p.grad.view(-1)[-1:] = size
+    optimizer.step()
+    assert optimizer.stats()["skipped_tensors"] == (size == 1e30)
+    assert math.isfinite(optimizer.stats()["grad_norm"]) == (size != 1e30)
+    assert same(state, optimizer.state[p]) == (size != 1e19)
+    assert same(p.detach(), before) == (size == 1e30)
+    run(optimizer, 2, 2)
+    assert bool(p.isfinite().all())
+    assert all(bool(t.isfinite().all()) for t in optimizer.state[p].values())
+
+
 def test_a_broken_first_gradient_leaves_no_state():
     (p,) = make_params([(8, 64)])
     before = p.detach().clone()

@@ -64,8 +64,8 @@ def _compiled_threshold(
     sketch: Tensor, n: int, projection: Projection, sparsity: int, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     columns = projection.columns(n, sketch.device)
-    words = sign_words(torch.arange(n), projection.sketch_size, projection.seed).to(torch.int32).T
-    index = torch.empty(sketch.shape[0], sparsity, dtype=torch.int64)
+    words = sign_words(torch.arange(n, device="cpu"), projection.sketch_size, projection.seed).to(torch.int32).T
+    index = torch.empty(sketch.shape[0], sparsity, dtype=torch.int64, device="cpu")
     value = sketch.new_empty(sketch.shape[0], sparsity)
     step = max(1, _BLOCK // n)
     correlation = sketch.new_empty(min(step, sketch.shape[0]), n)

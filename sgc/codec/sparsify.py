@@ -83,11 +83,11 @@ def _reaching(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Give the ascending positions (c, count) of the `count` largest of each row, and where they are so many (c,)."""
     chunks, n = values.shape
     reached = values >= _smallest_of_top(values, count)
-    clear = torch.ones(chunks, dtype=torch.bool)
+    clear = torch.ones(chunks, dtype=torch.bool, device=values.device)
     position = reached.view(-1).nonzero()
     if len(position) != chunks * count:  # ties (or NaN, which reaches nothing)
         clear = reached.sum(1) == count
-        reached[~clear] = torch.arange(n) < count
+        reached[~clear] = torch.arange(n, device=values.device) < count
         position = reached.view(-1).nonzero()
     return position.remainder_(n).view(chunks, count), clear
 
