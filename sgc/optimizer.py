@@ -359,8 +359,8 @@ class SGC(torch.optim.Optimizer):
             return
         self._idle_said = True
         warnings.warn(
-            f"SGC trains nothing: none of its {len(params)} parameters requires a gradient. Where adapters were added "
-            "to the model, or layers unfrozen, after the optimizer was made, make the optimizer anew",
+            f"SGC trains nothing: none of its {len(params)} parameters requires a gradient. Make the optimizer after "
+            "adapters are added to the model, or let parameters require gradients",
             stacklevel=7,
         )
 
@@ -700,7 +700,8 @@ class SGC(torch.optim.Optimizer):
         self._settle()
         every, here = self.state, {param for _, param, _ in self._numbered()}
         # that of parameters whose group was removed is kept, as torch does, and not saved, for which torch has no place
-        self.state = defaultdict(dict, {key: held for key, held in every.items() if key in here})
+        kept = {key: held for key, held in every.items() if key in here or not isinstance(key, Tensor)}
+        self.state = defaultdict(dict, kept)
         try:
             state_dict = super().state_dict()
         finally:

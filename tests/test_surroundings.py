@@ -434,7 +434,7 @@ def test_shapes_without_numbers_are_refused_with_a_sentence(attach):
 def test_a_step_that_can_move_nothing_says_so_once():
     base = torch.nn.Linear(8, 8).requires_grad_(False)
     optimizer = SGC(base.parameters())
-    with pytest.warns(UserWarning, match="none of its 2 parameters requires a gradient.* make the optimizer") as seen:
+    with pytest.warns(UserWarning, match="none of its 2 parameters requires a gradient. Make the") as seen:
         optimizer.step()
     assert seen[0].filename == __file__
     optimizer.step()
