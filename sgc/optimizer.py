@@ -290,8 +290,8 @@ class SGC(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
-        self._compare_ranks()
         self._given_ids = {id(param) for params in self._given for param in params}
+        self._compare_ranks()
         if self._compressor is not None:
             here = {param for _, param, _ in self._numbered()}
             if not self._compressor.slots.keys() <= here and any(id(param) not in self._given_ids for param in here):

@@ -72,7 +72,7 @@ def _described(optimizer: SGC, group: Mapping[str, Any]) -> dict[str, Any]:
     own = [
         [str(name), str(list(param.shape)), str(param.dtype)]
         for name, param in zip(names, group["params"], strict=False)
-        if sharded.is_sharded(param) or (id(param) in optimizer._given_by_id and not sharded.is_flattened(param))
+        if sharded.is_sharded(param) or (id(param) in optimizer._given_ids and not sharded.is_flattened(param))
     ]
     described = {name: group[name] for name in optimizer.defaults if name in group and name not in IGNORED}
     return {**described, **({"steps": group["steps"]} if own else {}), "parameters": own}
