@@ -149,7 +149,7 @@ class SGC(torch.optim.Optimizer):
         # The lists of the groups, as DeepSpeed puts others in the place of them. Others hold no parameter alive that a
         # harness has taken out of its list, and unlike weak references let torch swap the contents of one.
         self._given: list[list[Tensor]] = getattr(self, "_given", [])
-        self._given_ids: set[int] = set()
+        self._given_ids = {id(param) for params in self._given for param in params}
         self._partitions: dict[Tensor, Partition] = {}
 
     def __getstate__(self) -> dict[str, Any]:
