@@ -86,7 +86,7 @@ class DataArguments:
     """Which data, and how it becomes examples."""
 
     dataset: str | None = field(
-        default=None, metadata={"help": "hub name, json, jsonl, csv, tsv, parquet or txt file, or a folder of such"}
+        default=None, metadata={"help": "hub name, json, jsonl, csv, tsv, parquet or txt file, folder or pattern"}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "configuration of a hub data set"})
     eval_dataset: str | None = field(default=None, metadata={"help": "as --dataset; else its own test split"})

@@ -159,6 +159,18 @@ def test_a_template_that_rewrites_earlier_turns_learns_each_in_an_example_of_its
     assert notes.lines() == ["answers that the chat template changes later on, learnt in examples of their own: 1"]
 
 
+def test_an_answer_that_stays_as_it_is_is_learnt_once(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role[0] }}>{{ m.content if loop.last else m.content.split(')')[-1] }}{% endfor %}"
+        "{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    turns = [("user", "q"), ("assistant", "one"), ("user", "r"), ("assistant", "(t)two"), ("user", "s")]
+    messages = [{"role": r, "content": c} for r, c in [*turns, ("assistant", "three")]]
+    first, second = render(messages, tokenizer)
+    assert first == [("<u>q<a>", False), ("one", False), ("<u>r<a>", False), ("(t)two", True)]
+    assert second == [("<u>q<a>", False), ("one", True), ("<u>r<a>two<u>s<a>", False), ("three", True)]
+
+
 def test_sharegpt_names_are_understood():
     row = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}
     assert to_messages(row, Layout("messages", {"messages": "conversations"})) == [
