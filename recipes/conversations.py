@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from data_files import Notes, is_messages, shortened
+from data_files import Notes, from_json, is_messages, shortened
 
 TEXT_COLUMNS = (
     ("sentence",),
@@ -151,7 +151,7 @@ def parsed(value: Any) -> Any:
     """Return a list that is written as JSON in a text, as in a CSV file, as a list; anything else as it is."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            return json.loads(value)
+            return from_json(value)
         except ValueError:
             return value
     return value
@@ -170,9 +170,8 @@ def turn(message: Any, counts: Counter[str]) -> dict[str, Any]:
     Raises:
         ValueError: it has none of them, or a role that nobody knows.
     """
-    said = shortened(repr(message))
     if not isinstance(message, dict):
-        raise ValueError(f"a message must have a role and a content, got {said}")
+        raise ValueError(f"a message must have a role and a content, got {shortened(repr(message))}")
     rest = {name: value for name, value in message.items() if value is not None}
     name = str(rest.pop("role", None) or rest.pop("from", "")).lower()
     content = rest.pop("content" if "content" in rest else "value", None)
@@ -180,19 +179,18 @@ def turn(message: Any, counts: Counter[str]) -> dict[str, Any]:
     if "function_call" in rest:  # OpenAI's older name
         calls = [rest.pop("function_call")]
     if not name or (content is None and not calls and ROLES.get(name) != "assistant"):
-        raise ValueError(f"a message must have a role and a content, got {said}")
+        raise ValueError(f"a message must have a role and a content, got {shortened(repr(message))}")
     if name not in ROLES:
-        raise ValueError(f"the role of a message must be one of {', '.join(ROLES)}, got {said}")
+        raise ValueError(f"the role of a message must be one of {', '.join(ROLES)}, got {shortened(repr(message))}")
     if name == "function_call" and not calls:  # ShareGPT's: the content is the call, or a list of calls, as JSON
         found = parsed(content if str(content).lstrip().startswith("[") else f"[{content}]")
         if isinstance(found, list) and all(isinstance(call, dict) and "name" in call for call in found):
             calls, content = found, None
     made = {"role": ROLES[name], "content": as_text(content, counts), **rest}
-    if calls:
-        if made["role"] != "assistant" or not isinstance(calls, list):
-            raise ValueError(f"tool_calls must be a list, in a message of the assistant, got {said}")
-        made["tool_calls"] = [tool_call(call) for call in calls]
-    return made
+    if calls and (made["role"] != "assistant" or not isinstance(calls, list)):
+        what = shortened(repr(message))
+        raise ValueError(f"tool_calls must be a list, in a message of the assistant, got {what}")
+    return made | ({"tool_calls": [tool_call(call) for call in calls]} if calls else {})
 
 
 def tool_call(call: Any) -> dict[str, Any]:
@@ -204,7 +202,7 @@ def tool_call(call: Any) -> dict[str, Any]:
     arguments = function.get("arguments", function.get("parameters", {}))
     if isinstance(arguments, str):  # OpenAI writes them as JSON, templates write JSON themselves
         try:
-            read = json.loads(arguments)
+            read = from_json(arguments)
             arguments = read if isinstance(read, dict) else arguments
         except ValueError:
             pass

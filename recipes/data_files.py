@@ -271,13 +271,32 @@ def as_json(value: Any) -> str:
     Raises:
         ValueError: it is nested more deeply than what reads it later may be.
     """
+    check_depth(value)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def from_json(text: str) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: it is none, or nested too deeply.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    check_depth(value)
+    return value
+
+
+def check_depth(value: Any) -> None:
+    """Refuse what is nested more deeply than functions may call themselves, who read it later."""
     level = [value]
     for _ in range(DEEPEST):
         inner = (part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list)))
         level = [value for part in inner for value in part]
     if level:
         raise ValueError("it is nested too deeply")
-    return json.dumps(value, ensure_ascii=False)
 
 
 # ---------------------------------------------------------------------------------------------- formats of text

@@ -143,6 +143,8 @@ def test_calls_of_tools_are_learnt_where_the_template_writes_them(tokenizer, con
         ({"messages": [ANSWERED | {"tool_calls": [{"function": {}}]}]}, "a tool call must have a function with a name"),
         ({"messages": [ASKED, ANSWERED], "tools": [{"function": "weather"}]}, "tools must be a list of dicts"),
         ({"prompt": "q", "completion": "a", "history": ["x"]}, "a history must be a list of"),
+        ({"messages": "[" * 200_000}, r"messages must be a list of dicts with role and content, got '\[\["),
+        ({"messages": [ASKED, ANSWERED], "tools": "[" * 999 + "]" * 999}, r"tools must be a list of dicts, got '\[\["),
         ({"prompt": "q", "completion": [{"type": "image", "url": "x"}]}, "parts of the type text"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "chosen and rejected hold preferences"),
     ],
