@@ -29,7 +29,7 @@ from fsspec.utils import compressions
 SIMPLE = {str: "string", int: "int64", float: "float64", bool: "bool"}
 DEEPEST = 100  # levels of lists and objects in a row
 COMPRESSED = {f".{name}" for name in compressions} - {".zip"}  # which may hold several files
-EVAL_SPLITS = ("validation", "dev", "test", "validation_matched")
+EVAL_SPLITS = ("validation", "dev", "valid", "val", "test", "eval", "validation_matched")
 
 
 @dataclass
@@ -352,8 +352,8 @@ def rows_within(value: dict) -> dict[str, list[dict]]:
     lists = {n: p for n, p in inner.items() if isinstance(p, list) and p and all(isinstance(row, dict) for row in p)}
     if any(map(is_messages, inner.values())):
         return {"train": [value]}
-    if "train" in lists:
-        return {name: part for name, part in lists.items() if name in ("train", *EVAL_SPLITS)}
+    if isinstance(value.get("train"), list):
+        return {name: checked(part) for name, part in value.items() if name == "train" or name in lists}
     if len(lists) == 1:
         return {"train": next(iter(lists.values()))}
     if lists:

@@ -110,6 +110,11 @@ def test_a_cell_of_a_table_is_the_text_that_stands_there(tmp_path, cell):
     assert rows_of(tmp_path / "a.csv")[0] == {"instruction": "q", "output": cell}
 
 
+def test_a_file_may_hold_its_splits(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"train": ROWS, "val": ROWS[:2], "version": 1}))
+    assert {name: len(rows) for name, rows in read(str(tmp_path / "a.json")).items()} == {"train": 5, "val": 2}
+
+
 def test_a_text_file_is_read_by_paragraphs(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
     assert rows_of(tmp_path / "a.txt") == [{"text": "one\ntwo"}, {"text": "three\n"}]
@@ -155,6 +160,8 @@ BROKEN = {  # file → content, what the sentence says
         b'{"a": [{"text": "x"}], "b": [{"text": "y"}]}',
         "holds several lists of rows, a, b, and none is named",
     ),
+    "no_train.json": (b'{"train": [], "test": [{"text": "a"}]}', "is empty"),
+    "no_rows.json": (b'{"train": [1], "test": [{"text": "a"}]}', "row 1 must be an object"),
     "half.jsonl": (b'{"text": "a"}\n{"text": "b\n{"text": "c"}', "line 2"),
     "comma.json": (b'[{"text": "a"},\n{"text": "b"},\n]', "line 3"),
     "latin.jsonl": ('{"text": "ü"}'.encode("latin-1"), "is not UTF-8 text: .* at byte 10"),
