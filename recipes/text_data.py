@@ -296,8 +296,9 @@ def label_names(train: Dataset, test: Dataset, column: str, test_column: str | N
     """
 
     def classes(rows: Dataset, column: str) -> set[str]:
+        feature = rows.features[column]
         try:
-            return {class_of(value, rows.features[column]) for value in rows[column]} - {None}
+            return {class_of(value, feature) for value in rows[column]} - {None}
         except ValueError as error:
             raise ValueError(f"column '{column}' must hold {error}") from None
 
