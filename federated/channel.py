@@ -17,16 +17,34 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from federated.arguments import positive
 from federated.draws import Draws
+from sgc.checks import plain, rate, shown, whole, word
 
 FADING = ("block", "iid", "none")
 MOST_DB = 300.0  # beyond, fp32 holds no signal beside the noise
+
+
+def check_snr(name: str, value: Any) -> float:
+    """Return an SNR in dB as a float, `inf` for no noise.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: no channel has it.
+    """
+    found = plain(value)
+    if isinstance(found, bool) or not isinstance(found, Real):
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
+    if not (abs(found) <= MOST_DB or found == math.inf):
+        raise ValueError(f"{name} must be in [-{MOST_DB:.0f}, {MOST_DB:.0f}], or inf for no noise, got {shown(value)}")
+    return float(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +61,7 @@ class Channel:
 
     Raises:
         ValueError: a value out of range.
+        TypeError: a value that is no number.
 
     Example:
         >>> Channel.from_snr(10.0, power=2.0, subchannels=4).noise_variance
@@ -57,17 +76,18 @@ class Channel:
     fading: str = "block"
 
     def __post_init__(self) -> None:
-        rules = [
-            (0 < self.power < math.inf, "power must be positive and finite", self.power),
-            (0 <= self.noise_variance < math.inf, "noise_variance must not be negative", self.noise_variance),
-            (self.subchannels >= 1, "subchannels must be at least 1", self.subchannels),
-            (self.ofdm_symbols is None or self.ofdm_symbols >= 1, "ofdm_symbols must be at least 1", self.ofdm_symbols),
-            (0 < self.gain_variance < math.inf, "gain_variance must be positive and finite", self.gain_variance),
-            (self.fading in FADING, f"fading must be one of {', '.join(FADING)}", self.fading),
-        ]
-        for holds, rule, value in rules:
-            if not holds:
-                raise ValueError(f"{rule}, got {value!r}")
+        self._hold(
+            power=positive("power", self.power),
+            noise_variance=rate("noise_variance", self.noise_variance),
+            subchannels=whole("subchannels", self.subchannels, at_least=1),
+            ofdm_symbols=whole("ofdm_symbols", self.ofdm_symbols, at_least=1, optional=True),
+            gain_variance=positive("gain_variance", self.gain_variance),
+            fading=word("fading", self.fading, FADING),
+        )
+
+    def _hold(self, **checked: Any) -> None:
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def from_snr(cls, snr_db: float, **arguments: Any) -> Self:
@@ -80,8 +100,7 @@ class Channel:
         Raises:
             ValueError: an SNR that no channel has.
         """
-        if not (abs(snr_db) <= MOST_DB or snr_db == math.inf):
-            raise ValueError(f"snr_db must be in [-{MOST_DB:.0f}, {MOST_DB:.0f}], or inf for no noise, got {snr_db}")
+        snr_db = check_snr("snr_db", snr_db)
         channel = cls(noise_variance=0.0, **arguments)
         mean_power = channel.power * channel.mean_gain / channel.subchannels
         return replace(channel, noise_variance=mean_power / 10 ** (snr_db / 10))
@@ -183,10 +202,10 @@ class MultipleAccess(Channel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.antennas < 1:
-            raise ValueError(f"antennas must be at least 1, got {self.antennas}")
-        if not 0 <= self.csi_error_variance < math.inf:
-            raise ValueError(f"csi_error_variance must not be negative, got {self.csi_error_variance}")
+        self._hold(
+            antennas=whole("antennas", self.antennas, at_least=1),
+            csi_error_variance=rate("csi_error_variance", self.csi_error_variance),
+        )
 
 
 def _in_a_round(bits: Tensor, symbols: int) -> Tensor:

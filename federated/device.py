@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from federated.draws import Draws
+from sgc.checks import flag, whole
 
 IGNORED = -100  # the label that Hugging Face losses leave out of the mean
 Batch = dict[str, Tensor]
@@ -114,6 +115,7 @@ class LocalTraining:
 
     Raises:
         ValueError: a number below 1, or a model that can't be trained so.
+        TypeError: a number that is not whole.
     """
 
     model: nn.Module
@@ -124,10 +126,9 @@ class LocalTraining:
     _found: dict[str, bool] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, or None for all data, got {self.batch_size}")
+        object.__setattr__(self, "steps", whole("steps", self.steps, at_least=1))
+        object.__setattr__(self, "batch_size", whole("batch_size", self.batch_size, at_least=1, optional=True))
+        flag("batched", self.batched, optional=True)
         _ = self.flat  # refuses what can't be trained
 
     @functools.cached_property

@@ -23,6 +23,7 @@ from torch import Tensor
 from federated.channel import Channel, energy, pack, unpack
 from federated.draws import Draws
 from federated.quantize import Quantized, quantize_within
+from sgc.checks import whole
 
 Memory = Tensor | None
 
@@ -126,7 +127,7 @@ class DigitalDownlink(Downlink):
         """Move θ̂ by the quantized difference; see `Downlink.send`. A link too thin for one entry serves nobody."""
         assert memory is not None
         rates = capacities(self.channel, range(num_devices), self.symbols, draws)
-        message = quantize_within(theta - memory[0], whole(float(rates.min())), draws.generator("rounding"))
+        message = quantize_within(theta - memory[0], whole_bits(float(rates.min())), draws.generator("rounding"))
         if message is None:
             return Reception(candidates[:0], Traffic(bits=0, silent=len(candidates)))
         memory[0] += message.dense()
@@ -197,9 +198,8 @@ class SelectionDownlink(Downlink):
     """
 
     def __init__(self, channel: Channel, participants: int) -> None:
-        if participants < 1:
-            raise ValueError(f"participants must be at least 1, got {participants}")
-        self.channel, self.participants, self.symbols = channel, participants, _budget(channel)
+        self.channel, self.symbols = channel, _budget(channel)
+        self.participants: int = whole("participants", participants, at_least=1)
 
     def memory_rows(self, num_devices: int) -> int:
         """θ̂_m of every device."""
@@ -277,10 +277,10 @@ def share(symbols: int, participants: int) -> list[int]:
 
 def budgets(rates: Sequence[float], shares: Sequence[int], symbols: int) -> list[float]:
     """Count the whole bits that devices' shares of T symbols carry, of what the whole round would; `inf` stays."""
-    return [whole(rate * own / symbols) if own else 0.0 for rate, own in zip(rates, shares, strict=True)]
+    return [whole_bits(rate * own / symbols) if own else 0.0 for rate, own in zip(rates, shares, strict=True)]
 
 
-def whole(bits: float) -> float:
+def whole_bits(bits: float) -> float:
     """Round down to whole bits; `inf` stays."""
     return bits if math.isinf(bits) else math.floor(bits)
 

@@ -42,12 +42,14 @@ try:
 except ImportError as error:
     raise ImportError("federated.flower needs Flower: pip install 'sgc[federated]' on Python 3.11 or newer") from error
 
+from federated.arguments import chosen, positive, share
 from federated.device import Batch, LocalTraining, draw_batches
 from federated.downlink import Downlink, IdealDownlink, Memory, Reception
 from federated.draws import Draws
 from federated.quantize import Quantized
 from federated.server import Server, sample, sound
 from federated.uplink import Encoded, IdealUplink, Superposition, Uplink
+from sgc.checks import whole
 
 QUERY = MessageType.QUERY
 TRAIN = MessageType.TRAIN
@@ -299,7 +301,8 @@ class RadioStrategy(Strategy):
         on_round: called with (round, metrics) after every round.
 
     Raises:
-        ValueError: more participants than devices.
+        ValueError: a number out of range, or more participants than devices.
+        TypeError: a number that is none, or not whole where it must be.
     """
 
     def __init__(
@@ -315,11 +318,16 @@ class RadioStrategy(Strategy):
         timeout: float = 300.0,
         on_round: Callable[[int, dict[str, float]], None] | None = None,
     ) -> None:
-        if asked is not None and not 1 <= asked <= num_devices:
-            raise ValueError(f"participants must be in [1, num_devices={num_devices}], got {asked}")
-        self.num_devices, self.asked, self.seed, self.timeout = num_devices, asked, seed, timeout
+        self.num_devices: int = whole("num_devices", num_devices, at_least=1)
+        self.asked = chosen("asked", asked, self.num_devices, whole_of="num_devices")
+        self.seed: int = whole("seed", seed, at_least=0)
+        self.timeout = positive("timeout", timeout)
         self.downlink, self.uplink = downlink or IdealDownlink(), uplink or IdealUplink()
-        self.server_lr, self.server_momentum, self.on_round = server_lr, server_momentum, on_round
+        self.server_lr, self.server_momentum = (
+            positive("server_lr", server_lr),
+            share("server_momentum", server_momentum),
+        )
+        self.on_round = on_round
         self.nodes: dict[int, int] = {}  # device → node
         self.left_out: dict[int, str] = {}  # device → why, in the last round; who was late is not in it
         self._says: dict[int, int] = {}  # node → device, as it says

@@ -24,6 +24,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from sgc.checks import whole
+
 
 class ImageConfig(PreTrainedConfig):
     """What the built-in image models are made from.
@@ -144,6 +146,8 @@ def make_model(name: str, *, image_size: int, num_channels: int, num_labels: int
         ValueError: no such model, or a picture it can't take.
     """
     sizes: dict[str, Any] = {"image_size": image_size, "num_channels": num_channels, "num_labels": num_labels}
+    sizes = {size: whole(size, value, at_least=1) for size, value in sizes.items()}
+    seed = whole("seed", seed, at_least=0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "softmax":

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from federated.arguments import positive
+from sgc.checks import whole
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -29,7 +32,7 @@ def iid(dataset: Dataset, num_devices: int, *, seed: int = 0) -> list[Rows]:
     Raises:
         ValueError: a device would be empty.
     """
-    _check(num_devices, len(dataset))
+    _check(num_devices, len(dataset), seed)
     order = np.random.default_rng(seed).permutation(len(dataset))
     return _checked(np.array_split(order, num_devices))
 
@@ -50,7 +53,7 @@ def biased(dataset: Dataset, num_devices: int, *, label: str = "labels", seed: i
         ValueError: labels are missing, there are fewer than two classes, or too few devices or rows for them.
     """
     labels = labels_of(dataset, label)
-    _check(num_devices, len(labels))
+    _check(num_devices, len(labels), seed)
     classes, sizes = np.unique(labels, return_counts=True)
     if len(classes) < 2:
         raise ValueError(f"a biased split needs at least two classes, column {label!r} has {len(classes)}")
@@ -84,10 +87,9 @@ def dirichlet(
     Raises:
         ValueError: labels are missing, α is not positive, or a device stayed empty in every try.
     """
-    if not alpha > 0:
-        raise ValueError(f"alpha must be positive, got {alpha}")
+    alpha, tries = positive("alpha", alpha), whole("tries", tries, at_least=1)
     labels = labels_of(dataset, label)
-    _check(num_devices, len(labels))
+    _check(num_devices, len(labels), seed)
     rng = np.random.default_rng(seed)
     parts: list[Rows] = []
     for _ in range(tries):
@@ -172,9 +174,9 @@ def _apportion(sizes: NDArray[np.int64], total: int, most: int) -> Rows:
     return groups
 
 
-def _check(num_devices: int, rows: int) -> None:
-    if num_devices < 1:
-        raise ValueError(f"num_devices must be at least 1, got {num_devices}")
+def _check(num_devices: int, rows: int, seed: int) -> None:
+    whole("num_devices", num_devices, at_least=1)
+    whole("seed", seed, at_least=0)
     if num_devices > rows:
         raise ValueError(f"no device may be empty: {rows} rows do not reach for {num_devices} devices")
 

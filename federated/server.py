@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from federated.arguments import positive, share
 from federated.draws import Draws
 
 MOST = 1e18  # of an entry of θ, or of an update times its weight: squares and sums over devices stay within fp32
@@ -45,14 +46,10 @@ class Server:
     """
 
     def __init__(self, theta: Tensor, *, lr: float = 1.0, momentum: float = 0.0) -> None:
-        if not 0 < lr < math.inf:
-            raise ValueError(f"lr must be positive and finite, got {lr}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         if theta.ndim != 1 or theta.dtype != torch.float32 or not theta.isfinite().all():
             raise ValueError(f"theta must be finite numbers (d,) in float32, got {theta.dtype} {tuple(theta.shape)}")
-        self.theta, self.lr, self.momentum = theta, lr, momentum
-        self.velocity = torch.zeros_like(theta) if momentum else None
+        self.theta, self.lr, self.momentum = theta, positive("lr", lr), share("momentum", momentum)
+        self.velocity = torch.zeros_like(theta) if self.momentum else None
 
     def step(self, update: Tensor) -> bool:
         """Move θ by the estimate (d,) of the mean update, if no entry of θ gets above `MOST` by it.

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from federated.arguments import chosen, positive, share
 from federated.channel import Channel
 from federated.device import LocalTraining, saved_bytes
 from federated.downlink import Downlink, IdealDownlink, Memory
@@ -31,6 +32,7 @@ from federated.metrics import Row, evaluate
 from federated.round import World, play
 from federated.server import Server, check_state
 from federated.uplink import IdealUplink, Uplink
+from sgc.checks import whole
 from sgc.codec import Codec
 
 MOST_AT_ONCE = 256  # devices in one batched call at most: more gain nothing
@@ -65,6 +67,7 @@ class Simulation:
 
     Raises:
         ValueError: a number out of range, an empty device, labels missing, or more participants than devices.
+        TypeError: a number that is none, or not whole where it must be.
     """
 
     def __init__(
@@ -89,18 +92,17 @@ class Simulation:
         checkpoint_every: int = 0,
     ) -> None:
         tensors = [torch.as_tensor(part) for part in parts]
-        _check(data, tensors, asked, late)
-        for name, value, least in [
-            ("most_skipped", most_skipped, 1),
-            ("evaluate_every", evaluate_every, 1),
-            ("checkpoint_every", checkpoint_every, 0),
-            ("memory_limit", memory_limit, 1),
-            ("devices_at_once", 1 if devices_at_once is None else devices_at_once, 1),
-        ]:
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        self.test, self.most_skipped, self.evaluate_every = test, most_skipped, evaluate_every
-        self.checkpoint_every, self.memory_limit = checkpoint_every, memory_limit
+        _check(data, tensors)
+        positive("server_lr", server_lr)
+        share("server_momentum", server_momentum)
+        asked = chosen("asked", asked, len(tensors), whole_of="num_devices")
+        late, seed = share("late", late), whole("seed", seed, at_least=0)
+        devices_at_once = whole("devices_at_once", devices_at_once, at_least=1, optional=True)
+        self.test = test
+        self.most_skipped: int = whole("most_skipped", most_skipped, at_least=1)
+        self.evaluate_every: int = whole("evaluate_every", evaluate_every, at_least=1)
+        self.checkpoint_every: int = whole("checkpoint_every", checkpoint_every, at_least=0)
+        self.memory_limit: int = whole("memory_limit", memory_limit, at_least=1)
         self.output_dir = None if output_dir is None else Path(output_dir)
         self._mapped: dict[str, Path] = {}
         self.number, self.skipped_in_a_row, self.ended = 0, 0, ""
@@ -426,8 +428,6 @@ def _keep_rows(path: Path, number: int) -> None:
 def _check(
     data: Mapping[str, Tensor],
     parts: Sequence[Tensor],
-    asked: int | None,
-    late: float,
 ) -> None:
     if "labels" not in data:
         raise ValueError(f"the data need a column 'labels', got {', '.join(data)}")
@@ -442,7 +442,3 @@ def _check(
             raise ValueError(f"no device may be empty, device {device} of {len(parts)} is")
         if int(part.min()) < 0 or int(part.max()) >= rows:
             raise ValueError(f"rows of device {device} must be in [0, {rows - 1}], got {int(part.max())}")
-    if asked is not None and not 1 <= asked <= len(parts):
-        raise ValueError(f"participants must be in [1, num_devices={len(parts)}], got {asked}")
-    if not 0 <= late < 1:
-        raise ValueError(f"late must be in [0, 1), got {late}")

@@ -26,14 +26,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from federated.arguments import chosen
+from federated.arguments import share as share_of_one
 from federated.channel import Channel, MultipleAccess, energy, pack, unpack
 from federated.downlink import Memory, Traffic, budgets, capacities, share
 from federated.draws import Draws
 from federated.quantize import message_bits, quantize, quantize_within
 from federated.server import check_state, sound
+from sgc.checks import rate, whole, word
 from sgc.codec import Codec
 from sgc.codec.layout import make_layout
 from sgc.codec.project import Projection, check_projection
+from sgc.codec.recover import METHODS
 from sgc.codec.sparsify import top_entries
 
 
@@ -228,11 +232,10 @@ class QuantizedUplink(Uplink):
     def __init__(self, levels: int | None = None, channel: Channel | None = None) -> None:
         if (levels is None) == (channel is None):
             raise ValueError(f"give either levels or channel, got levels={levels!r} and channel={channel!r}")
-        if levels is not None and levels < 1:
-            raise ValueError(f"levels must be at least 1, got {levels}")
         if channel is not None and channel.ofdm_symbols is None:
             raise ValueError("a digital link needs a budget: set the channel's ofdm_symbols")
-        self.levels, self.channel = levels, channel
+        self.levels: int | None = whole("levels", levels, at_least=1, optional=True)
+        self.channel = channel
 
     def memory_rows(self, num_devices: int) -> int:
         """e_m of every device."""
@@ -302,11 +305,9 @@ class AnalogUplink(Uplink):
     """
 
     def __init__(self, channel: MultipleAccess, threshold: float = 0.0) -> None:
-        if not threshold >= 0:
-            raise ValueError(f"threshold must not be negative, got {threshold}")
         if channel.antennas != 1:
             raise ValueError(f"channel inversion is for antennas=1, got {channel.antennas}")
-        self.channel, self.threshold = channel, threshold
+        self.channel, self.threshold = channel, rate("threshold", threshold)
 
     def open(self, size: int, participants: int, memory: Memory, draws: Draws) -> Superposition:
         """Open a round; see `Uplink.open`."""
@@ -451,7 +452,7 @@ class SketchedUplink(Uplink):
 
     Args:
         over: the uncoded link that the sketches cross.
-        chunk_size: n.
+        chunk_size: n; None: all of an update.
         sketch_size: k, numbers sent per chunk.
         sparsity: s, entries each device keeps of a chunk.
         recovered: s', at most k; default 2·s within k.
@@ -469,7 +470,7 @@ class SketchedUplink(Uplink):
         self,
         over: Uplink,
         *,
-        chunk_size: int = 1024,
+        chunk_size: int | None = 1024,
         sketch_size: int = 256,
         sparsity: int = 32,
         recovered: int | None = None,
@@ -479,14 +480,12 @@ class SketchedUplink(Uplink):
     ) -> None:
         if isinstance(over, QuantizedUplink | SketchedUplink):
             raise TypeError(f"sketches cross an uncoded link, got {type(over).__name__}")
-        recovered = min(2 * sparsity, sketch_size) if recovered is None else recovered
-        if not 1 <= recovered <= sketch_size:
-            raise ValueError(f"recovered must be in [1, sketch_size={sketch_size}], got {recovered}")
-        if not 0 <= residual <= 1:
-            raise ValueError(f"residual must be in [0, 1], got {residual}")
         self.codec = Codec(chunk_size, sketch_size, sparsity, seed)
-        self.projection = Projection(sketch_size, seed)
-        self.over, self.recovered, self.rho, self.method = over, recovered, residual, method
+        self.projection = Projection(self.codec.sketch_size, self.codec.seed)
+        most = self.codec.sketch_size
+        self.recovered = chosen("recovered", recovered, most, whole_of="sketch_size") or min(2 * sparsity, most)
+        self.over, self.rho = over, share_of_one("residual", residual, most=True)
+        self.method = word("method", method, METHODS)
         self.residual: Tensor | None = None
 
     def memory_rows(self, num_devices: int) -> int:

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import market_data
+from federated.arguments import check_options
 from federated.files import check_folder, opening, sentence
 from federated.market import cli, honesty
 from federated.market.features import Extractor, batches, make_extractor, naming, open_rows
@@ -175,8 +176,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        run(parse(argv))
-    except (ValueError, OSError, ImportError) as error:
+        args = parse(argv)
+        check_options(args, make_parser(), {"seed": 0})
+        run(args)
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"data_market.py: {sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

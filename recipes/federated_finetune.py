@@ -14,6 +14,7 @@ instructions a device of its own. The folder `--output_dir` gets rows.jsonl (a r
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import federated_runs
 import text_data
 from federated import partition
-from federated.channel import MultipleAccess
+from federated.arguments import check_options
+from federated.channel import MultipleAccess, check_snr
 from federated.device import IGNORED, LocalTraining
 from federated.files import opening
 from federated.simulate import Simulation
@@ -170,6 +172,9 @@ def run(args: argparse.Namespace) -> int:
     return federated_runs.finish(sim, out, args.rounds)
 
 
+LOWEST = {"checkpoint_every": 0, "seed": 0, "snr_db": -math.inf}
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -218,7 +223,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run, or say in a sentence why not."""
     args = parse(argv)
-    return federated_runs.said(lambda: run(args))
+
+    def checked() -> int:
+        check_options(args, make_parser(), LOWEST)
+        check_snr("--snr_db", args.snr_db)
+        return run(args)
+
+    return federated_runs.said(checked)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -47,7 +48,8 @@ from transformers import PreTrainedModel
 import federated_runs
 import text_data
 from federated import partition
-from federated.channel import FADING, Channel, MultipleAccess
+from federated.arguments import check_options
+from federated.channel import FADING, Channel, MultipleAccess, check_snr
 from federated.device import LocalTraining
 from federated.downlink import AnalogDownlink, DigitalDownlink, Downlink, IdealDownlink, SelectionDownlink
 from federated.files import opening, rows_of
@@ -419,6 +421,9 @@ def run(args: argparse.Namespace) -> int:
     return federated_runs.finish(sim, out, args.rounds, "curve.png", "devices.png")
 
 
+LOWEST = {"batch_size": 0, "checkpoint_every": 0, "seed": 0, "snr_db": -math.inf, "snr_up_db": -math.inf}
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -489,11 +494,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run, or say in a sentence why not."""
     args = parse(argv)
-    if args.sweep:
-        import federated_sweeps
 
-        return federated_runs.said(lambda: federated_sweeps.sweep(args, open_data, simulation))
-    return federated_runs.said(lambda: run(args))
+    def checked() -> int:
+        check_options(args, make_parser(), LOWEST)
+        for option in ("snr_db", "snr_up_db"):
+            if getattr(args, option) is not None:
+                check_snr(f"--{option}", getattr(args, option))
+        if args.sweep:
+            import federated_sweeps
+
+            return federated_sweeps.sweep(args, open_data, simulation)
+        return run(args)
+
+    return federated_runs.said(checked)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from federated.arguments import check_options
 from federated.files import check_file, check_folder, sentence
 from federated.market import honesty
 from federated.market.features import ArrayFeatures, Extractor, batches, make_extractor, naming, open_rows
@@ -35,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, or 2 after a sentence on stderr."""
     args = _parser().parse_args(argv)
     try:
+        check_options(args, args.parser, {"decoys": 0})
         args.run(args)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"sgc-market: {' '.join(sentence(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -59,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     query.add_argument("--key", type=Path, default=Path("buyer.key"), help="to keep (default %(default)s)")
     query.add_argument("--directions", type=int, default=DIRECTIONS, help="leading eigenvectors (default %(default)s)")
     query.add_argument("--decoys", type=int, default=DECOYS, help="directions that mean nothing (default %(default)s)")
-    query.set_defaults(run=_query)
+    query.set_defaults(run=_query, parser=query)
 
     reply = commands.add_parser("answer", help="answer a query with a seller's rows", allow_abbrev=False)
     reply.add_argument("query", type=Path, help="the buyer's file")
@@ -71,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     reply.add_argument("--clip", type=float, default=1.0, help="largest norm of a row (default %(default)s)")
     reply.add_argument("--ledger", type=Path, help="file that adds up what all answers spent")
     reply.add_argument("--budget", type=float, help="epsilon of all answers in the ledger (default: --epsilon)")
-    reply.set_defaults(run=_answer)
+    reply.set_defaults(run=_answer, parser=reply)
 
     ranking = commands.add_parser("rank", help="rank sellers by their answers", allow_abbrev=False)
     ranking.add_argument("responses", type=Path, nargs="+", help="the sellers' files")
@@ -81,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     ranking.add_argument("--budget", type=float, help="choose sellers that complement each other for this much")
     ranking.add_argument("--price", action="append", default=[], metavar="NAME=NUMBER", help="of a seller (default 1)")
     ranking.add_argument("--json", type=Path, help="write the result here, too")
-    ranking.set_defaults(run=_rank)
+    ranking.set_defaults(run=_rank, parser=ranking)
     return parser
 
 

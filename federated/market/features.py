@@ -22,6 +22,7 @@ from torch import Tensor
 
 from federated.files import opening, sentence
 from federated.market.query import Encoder
+from sgc.checks import flag, whole
 from sgc.codec import Codec
 
 MAX_SIZE = 256  # of an image's side: its pixels must be a dimension that a query can have
@@ -227,6 +228,7 @@ class ArrayFeatures:
     """
 
     def __init__(self, dimension: int, name: str = "vectors", *, normalize: bool = False) -> None:
+        dimension = whole("dimension", dimension, at_least=1)
         self.encoder = Encoder(name, _digest({"kind": "array", "name": name}), "none", normalize, dimension)
         self.whole_rows = False
 
@@ -253,7 +255,7 @@ class PixelFeatures:
     """
 
     def __init__(self, size: int = 28, *, normalize: bool = True) -> None:
-        if not 1 <= size <= MAX_SIZE:
+        if not 1 <= whole("size", size) <= MAX_SIZE:
             raise ValueError(f"the size of an image must be from 1 to {MAX_SIZE}, got {size}")
         self.size = size
         digest = _digest({"kind": "pixels", "size": size, "version": 1})
@@ -318,7 +320,10 @@ class HuggingFaceFeatures:
         except ImportError:
             raise ImportError("encoders need transformers: pip install 'sgc[federated]'") from None
 
-        self.batch_size, self.max_length, self.whole_rows, self.normalize = batch_size, max_length, False, normalize
+        self.batch_size: int = whole("batch_size", batch_size, at_least=1)
+        max_length = self.max_length = whole("max_length", max_length, at_least=1)
+        self.whole_rows, self.normalize = False, flag("normalize", normalize)
+        flag("trust_remote_code", trust_remote_code)
         opened: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         with opening("the encoder", name):
             config = AutoConfig.from_pretrained(name, **opened)
@@ -578,7 +583,10 @@ class GradientFeatures:
         batch_size: int = 16,
         name: str = "gradients",
     ) -> None:
-        self.model, self.tokenizer, self.max_length, self.batch_size = model.eval(), tokenizer, max_length, batch_size
+        self.model, self.tokenizer = model.eval(), tokenizer
+        max_length = self.max_length = whole("max_length", max_length, at_least=1)
+        self.batch_size: int = whole("batch_size", batch_size, at_least=1)
+        sparsity = whole("sparsity", sparsity, at_least=1)
         held = {n: p.detach() for n, p in model.named_parameters()}
         self._free = {n: p for n, p in held.items() if re.search(parameters, n)}
         self._fixed = {n: p for n, p in held.items() if n not in self._free}

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from federated.arguments import positive, share
 from federated.files import check_folder
 from federated.market.query import (
     BuyerQuery,
@@ -83,11 +84,9 @@ def gaussian_ratio(epsilon: float, delta: float) -> float:
 
 
 def check_budget(epsilon: float, delta: float) -> None:
-    """Raise ValueError where ε is not positive and finite, or δ is not in (0, 1)."""
-    if not 0 < epsilon < math.inf:
-        raise ValueError(f"epsilon must be positive, got {epsilon}")
-    if not 0 < delta < 1:
-        raise ValueError(f"delta must be in (0, 1), got {delta}")
+    """Raise ValueError where ε is not positive and finite, or δ is not in (0, 1); TypeError where it is no number."""
+    positive("epsilon", epsilon)
+    share("delta", delta, least=False)
 
 
 def _normal_cdf(x: float) -> float:
@@ -141,8 +140,7 @@ def private_answer(
         ValueError: as `query.answer`, a budget or a clip that makes no sense, or a ledger that is used up.
     """
     check_budget(epsilon, delta)
-    if not 0 < clip < math.inf:
-        raise ValueError(f"clip must be positive, got {clip}")
+    clip = positive("clip", clip)
     if encoder.normalize and clip != 1:
         raise ValueError(f"clip must be 1 where the encoder makes rows of unit norm, got {clip}")
     moments = collect(query, clipped(batches, clip), encoder)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from federated.market.score import Moments, StreamingMoments, moments_along
+from sgc.checks import whole
 
 VERSION = 1
 DIRECTIONS = 10  # κ, without the mean direction and the decoys
@@ -366,14 +367,14 @@ def make_query(
     """
     if x.ndim != 2 or x.shape[1] != encoder.dimension:
         raise ValueError(f"rows must have the encoder's dimension {encoder.dimension}, got shape {tuple(x.shape)}")
+    directions, decoys = whole("directions", directions, at_least=1), whole("decoys", decoys, at_least=0)
+    seed = whole("seed", seed, at_least=0, optional=True)
     n, dimension = x.shape
     if dimension > MAX_DIMENSION or directions + 1 + decoys > MAX_DIRECTIONS:
         raise ValueError(
             f"a query must have at most {MAX_DIRECTIONS} columns of dimension {MAX_DIMENSION}, got "
             f"{directions} + 1 + {decoys} of {dimension}"
         )
-    if directions < 1 or decoys < 0:
-        raise ValueError(f"directions must be at least 1 and decoys not negative, got {directions} and {decoys}")
     if n < ROWS_PER_DIRECTION * directions:
         raise ValueError(
             f"a query of {directions} directions needs at least {ROWS_PER_DIRECTION * directions} rows, or it would "

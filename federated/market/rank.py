@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from federated.arguments import positive, share
 from federated.market.score import (
     MEASURES,
     THRESHOLD,
@@ -24,6 +24,7 @@ from federated.market.score import (
     side,
     weights,
 )
+from sgc.checks import rate, whole
 
 ROUNDING = 1e-12  # of prices and budgets, relative; a gain of less is none
 CREDIT = 10.0  # rows a seller is credited with, over the buyer's: the more, the less a second of a kind is worth
@@ -89,8 +90,9 @@ def rank(
     if not sellers:
         raise ValueError("at least one seller is needed to rank, got 0")
     measure_of(by)
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be in (0, 1), got {confidence}")
+    share("confidence", confidence, least=False)
+    threshold = rate("threshold", threshold)
+    draws, seed = whole("draws", draws, at_least=2), whole("seed", seed, at_least=0)
     for name, seller in sellers.items():
         if len(seller.mean) != len(buyer.mean):
             raise ValueError(f"{name!r} must have the buyer's {len(buyer.mean)} directions, got {len(seller.mean)}")
@@ -190,10 +192,8 @@ def portfolio(
     rows = dict.fromkeys(sellers, CREDIT) if rows is None else rows
     for name in sellers:
         for kind, given in (("price", prices), ("rows", rows)):
-            if not (name in given and 0 < given[name] < math.inf):
-                raise ValueError(f"the {kind} of {name!r} must be a positive number, got {given.get(name)}")
-    if not 0 <= budget < math.inf:
-        raise ValueError(f"budget must not be negative, got {budget}")
+            positive(f"the {kind} of {name!r}", given.get(name))
+    budget, threshold = rate("budget", budget), rate("threshold", threshold)
     own = shares(buyer)
     kept = kept_directions(own, threshold)
     weight = weights(own, kept)

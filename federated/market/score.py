@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sgc.checks import rate, whole
+
 THRESHOLD = 0.01  # of λ₁: a direction with less is not compared
 FLOOR = 0.05  # a ratio counts as at least this, and at most one minus this
 BLOCK_ENTRIES = 1 << 21  # entries of the data worked on at a time, in cache
@@ -503,7 +505,8 @@ def score(
     """
     if len(buyer.mean) != len(seller.mean):
         raise ValueError(f"both sides must have the same directions, got {len(buyer.mean)} and {len(seller.mean)}")
-    measure = measure_of(by)
+    measure, threshold = measure_of(by), rate("threshold", threshold)
+    draws, seed = whole("draws", draws, at_least=0), whole("seed", seed, at_least=0)
     own = shares(buyer)
     kept = kept_directions(own, threshold)
     weight = weights(own, kept)
