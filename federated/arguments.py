@@ -16,7 +16,10 @@ def positive(name: str, value: Any) -> float:
         TypeError: it is no number.
         ValueError: it is not positive and finite.
     """
-    found: float = real(name, value)
+    try:
+        found: float = real(name, value)
+    except ValueError:  # it is not finite
+        found = 0.0
     if not found > 0:
         raise ValueError(f"{name} must be positive and finite, got {shown(value)}")
     return found

@@ -39,12 +39,13 @@ def check_snr(name: str, value: Any) -> float:
         TypeError: it is no number.
         ValueError: no channel has it.
     """
-    found = plain(value)
-    if isinstance(found, bool) or not isinstance(found, Real):
+    given = plain(value)
+    if isinstance(given, bool) or not isinstance(given, Real):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
+    found = float(given)
     if not (abs(found) <= MOST_DB or found == math.inf):
         raise ValueError(f"{name} must be in [-{MOST_DB:.0f}, {MOST_DB:.0f}], or inf for no noise, got {shown(value)}")
-    return float(found)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,8 +45,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+import data_files
 import federated_runs
-import text_data
 from federated import partition
 from federated.arguments import check_options
 from federated.channel import FADING, Channel, MultipleAccess, check_snr
@@ -165,8 +165,8 @@ def hub_data(name: str, args: argparse.Namespace) -> Data:
     from datasets import Image, load_dataset, load_from_disk
 
     with opening("the data set", name):
-        if Path(name).suffix.lower() in text_data.LOADERS and not Path(name).is_dir():
-            sets = text_data.read(name)
+        if Path(name).is_file() or (data_files.ending(Path(name)) in data_files.READERS and not Path(name).is_dir()):
+            sets = data_files.read(name)
         elif any(Path(name, file).exists() for file in ("dataset_dict.json", "state.json")):
             sets = load_from_disk(name)
         else:

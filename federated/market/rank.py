@@ -192,7 +192,9 @@ def portfolio(
     rows = dict.fromkeys(sellers, CREDIT) if rows is None else rows
     for name in sellers:
         for kind, given in (("price", prices), ("rows", rows)):
-            positive(f"the {kind} of {name!r}", given.get(name))
+            if name not in given:
+                raise ValueError(f"the {kind} of {name!r} must be given")
+            positive(f"the {kind} of {name!r}", given[name])
     budget, threshold = rate("budget", budget), rate("threshold", threshold)
     own = shares(buyer)
     kept = kept_directions(own, threshold)

@@ -177,7 +177,7 @@ def test_more_samples_keep_more_for_the_backward_pass():
     ("make", "sentence"),
     [
         (lambda: training(steps=0), "steps must be at least 1, got 0"),
-        (lambda: training(batch_size=0), "batch_size must be at least 1, or None for all data, got 0"),
+        (lambda: training(batch_size=0), "batch_size must be at least 1, got 0"),
         (
             lambda: training(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))),
             "statistics of its batches on devices, 1 does",

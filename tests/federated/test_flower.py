@@ -180,7 +180,7 @@ def test_a_round_that_serves_nobody_is_skipped():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match=rf"participants must be in \[1, num_devices={M}\], got {M + 1}"):
+    with pytest.raises(ValueError, match=rf"asked must be in \[1, num_devices={M}\], got {M + 1}"):
         RadioStrategy(M, asked=M + 1)
     grid = LocalGrid(client_app(device_of()))
     start = arrays(theta=torch.zeros(260))

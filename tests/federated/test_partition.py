@@ -88,7 +88,7 @@ def test_a_split_is_decided_by_its_seed(split):
         (lambda: partition.biased(dataset([0, 1, None, 1]), 2), "column 'labels' has 1 without"),
         (lambda: partition.biased(dataset([0, 1, -1, -1]), 2), "column 'labels' has 2 below 0"),
         (lambda: partition.biased(dataset([0] * 40 + [1]), 20), "class 1 has 1 rows for 20 groups"),
-        (lambda: partition.dirichlet(DATA, 10, 0.0), "alpha must be positive, got 0.0"),
+        (lambda: partition.dirichlet(DATA, 10, 0.0), "alpha must be positive and finite, got 0.0"),
         (lambda: partition.dirichlet(DATA, 1500, 0.01, tries=2), "no device may be empty: with alpha=0.01"),
         (lambda: partition.by_column(DATA, "site"), "no column 'site'"),
     ],

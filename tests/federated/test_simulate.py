@@ -240,11 +240,11 @@ def test_columns_become_tensors():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"asked": M + 1}, rf"participants must be in \[1, num_devices={M}\], got {M + 1}"),
+        ({"asked": M + 1}, rf"asked must be in \[1, num_devices={M}\], got {M + 1}"),
         ({"late": 1.0}, r"late must be in \[0, 1\), got 1.0"),
         ({"most_skipped": 0}, "most_skipped must be at least 1, got 0"),
         ({"devices_at_once": 0}, "devices_at_once must be at least 1, got 0"),
-        ({"checkpoint_every": -1}, "checkpoint_every must be at least 0, got -1"),
+        ({"checkpoint_every": -1}, "checkpoint_every must not be negative, got -1"),
         ({"downlink": SelectionDownlink(Channel(ofdm_symbols=9), M + 1)}, f"at most num_devices={M}, got {M + 1}"),
     ],
 )

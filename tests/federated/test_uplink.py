@@ -324,7 +324,7 @@ def test_sketches_need_fewer_symbols_and_can_be_made_to_fit():
         (lambda: QuantizedUplink(levels=0), ValueError, "levels must be at least 1, got 0"),
         (lambda: QuantizedUplink(channel=Channel()), ValueError, "a digital link needs a budget"),
         (lambda: AnalogUplink(MultipleAccess(), -1.0), ValueError, "threshold must not be negative, got -1.0"),
-        (lambda: AnalogUplink(MultipleAccess(), math.nan), ValueError, "threshold must not be negative, got nan"),
+        (lambda: AnalogUplink(MultipleAccess(), math.nan), ValueError, "threshold must be finite, got nan"),
         (lambda: AnalogUplink(MultipleAccess(antennas=2)), ValueError, "for antennas=1, got 2"),
         (lambda: BlindUplink(MultipleAccess(fading="none")), ValueError, "gains that fade independently"),
         (

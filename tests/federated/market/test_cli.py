@@ -152,7 +152,7 @@ def test_text_files_are_embedded_by_a_hugging_face_encoder(market: Path, capsys:
                 "--ledger",
                 "l",
             ],
-            "epsilon must be positive, got 0",
+            "epsilon must be positive and finite, got 0",
         ),
         (["query", "empty.npy", "--encoder", "vectors"], "'empty.npy' can't be opened: it is empty"),
         (["query", "buyer.npy", "--encoder", "pixels:0"], "size of an image must be from 1"),

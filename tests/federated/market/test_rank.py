@@ -90,8 +90,8 @@ def test_what_cannot_be_ranked_is_a_sentence() -> None:
             r.rank(buyer, sellers, **kwargs)
     for kwargs, sentence in [
         ({"budget": -1}, "budget must not be negative"),
-        ({"budget": 1, "prices": {"a": 0}}, "price of 'a' must be a positive"),
-        ({"budget": 1, "prices": {}}, "price of 'a' must be a positive number, got None"),
+        ({"budget": 1, "prices": {"a": 0}}, "price of 'a' must be positive"),
+        ({"budget": 1, "prices": {}}, "price of 'a' must be given"),
         ({"budget": 1, "rows": {"a": math.nan}}, "rows of 'a' must be"),
     ]:
         with pytest.raises(ValueError, match=sentence):
