@@ -94,6 +94,11 @@ def find_layout(columns: Iterable[str], named: dict[str, str | None], task: str)
         instruction = pick("instruction", "instruction", "prompt", "question")
         output = pick("output", "output", "completion", "response", "answer")
         if instruction and output:
+            if {"prompt", "completion", "label"} <= set(columns) and "output" not in given:
+                raise ValueError(
+                    "the columns prompt, completion and label hold preferences, which this recipe does not learn from; "
+                    "to learn every completion, wanted or not, name it: --output_column completion"
+                )
             around |= pick("input", "input", "context") | pick("history", "history")
             return Layout("instruction", instruction | output | around)
         if asked:

@@ -92,6 +92,8 @@ def test_the_user_decides_over_what_is_seen():
     assert find_layout(["text", "label"], NOTHING, "generation").kind == "text"
     named = NOTHING | {"instruction": "q", "output": "a"}
     assert find_layout(["q", "a"], named, "auto").columns == {"instruction": "q", "output": "a"}
+    for named_output in ({"output": "chosen"}, {"output": "completion"}):
+        assert find_layout(["prompt", "chosen", "rejected", "completion", "label"], named_output, "auto")
     assert find_layout(["q", "a", "messages"], named, "auto").kind == "instruction"
     assert find_layout(["body", "stars"], NOTHING | {"text": "body", "label": "stars"}, "auto").kind == "classification"
 
@@ -103,6 +105,8 @@ def test_the_user_decides_over_what_is_seen():
         (["foo", "bar"], {}, "auto", "no known format among the columns foo, bar"),
         (["text"], {}, "classification", "needs a label column"),
         (["label"], {}, "classification", "needs a text column"),
+        (["prompt", "chosen", "rejected"], {}, "auto", "chosen and rejected hold preferences"),
+        (["prompt", "completion", "label"], {}, "auto", "prompt, completion and label hold preferences"),
         (["q", "text"], {"instruction": "q"}, "auto", "need an output .--output_column. too; there are q, text"),
         (["a", "text"], {"output": "a"}, "auto", "need an instruction .--instruction_column. too"),
     ],
