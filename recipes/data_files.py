@@ -23,9 +23,10 @@ from typing import Any
 
 import fsspec
 from datasets import Dataset, DatasetDict, Features, Json, Value, concatenate_datasets, load_dataset, load_from_disk
-from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 from fsspec.utils import compressions
 
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
+SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 SIMPLE = {str: "string", int: "int64", float: "float64", bool: "bool"}
 DEEPEST = 100  # levels of lists and objects in a row
 COMPRESSED = {f".{name}" for name in compressions} - {".zip"}  # which may hold several files
@@ -122,20 +123,23 @@ def saved(folder: Path) -> DatasetDict:
 
 
 def files_of_folder(folder: Path, notes: Notes) -> dict[str, list[Path]]:
-    """Return split → files, as `datasets` sees it from their names; without such names all are training data."""
-    base = glob.escape(str(folder))
-    try:
-        found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
-    except EmptyDatasetError:
-        raise ValueError(f"folder '{folder}' holds no data file") from None
-    files = {str(name): sorted(map(Path, paths)) for name, paths in found.items()}
+    """Return split → files, as their names or else their folders say; if none is of a split, all are training data."""
+    files: dict[str | None, list[Path]] = {}
+    for path in sorted(path for path in folder.rglob("*") if ending(path) in READERS and path.is_file()):
+        inner = path.relative_to(folder)
+        if not any(part.startswith(".") for part in inner.parts):
+            words = re.split("[^a-z]+", str(inner).lower())
+            files.setdefault(next((SPLITS[word] for word in reversed(words) if word in SPLITS), None), []).append(path)
+    if not files:
+        raise ValueError(f"folder '{folder}' holds no file that ends in one of {', '.join(READERS)}")
+    rest = files.pop(None, [])
+    if "train" not in files and rest:
+        files["train"] = rest
+    elif rest:
+        notes.counts[f"data files of '{folder}' whose names are of no split, not read"] += len(rest)
     if "train" not in files:
         raise ValueError(f"folder '{folder}' must hold train.jsonl (or {', '.join(READERS)}), got {sorted(files)}")
-    taken = {path.resolve() for paths in files.values() for path in paths}
-    seen = (path for path in folder.rglob("[!.]*") if path.is_file() and ending(path) in READERS)
-    if left := sum(path.resolve() not in taken for path in seen):
-        notes.counts[f"data files of '{folder}' whose names are of no split, not read"] += left
-    return {name: readable(paths, str(folder), Notes()) for name, paths in files.items()}
+    return files
 
 
 def readable(paths: Iterable[Path], source: str, notes: Notes) -> list[Path]:
@@ -143,7 +147,7 @@ def readable(paths: Iterable[Path], source: str, notes: Notes) -> list[Path]:
     files = [path for path in paths if path.is_file()]
     kept = [path for path in files if ending(path) in READERS]
     if not kept:
-        raise ValueError(f"'{source}' holds no file that ends in one of {', '.join(READERS)}")
+        raise ValueError(f"no file that '{source}' names ends in one of {', '.join(READERS)}")
     if len(kept) < len(files):
         notes.counts[f"files of '{source}' whose endings are of no data, not read"] += len(files) - len(kept)
     return kept

@@ -88,7 +88,9 @@ def test_a_folder_is_read_by_the_names_of_its_files(tmp_path):
     for name, rows in parts.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "b" / "README.md").write_text("words")
+    for name in ("README.md", "train.py", "test.md", ".cache/train.jsonl"):  # none of them is data
+        (tmp_path / "b" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "b" / name).write_text("words")
     for folder in ("a", "b", "c"):
         assert rows_of(tmp_path / folder) == ROWS, folder
     assert rows_of(f"{tmp_path}/b/*.json*") == ROWS
@@ -97,7 +99,7 @@ def test_a_folder_is_read_by_the_names_of_its_files(tmp_path):
     assert notes.lines() == [f"data files of '{tmp_path}/c' whose names are of no split, not read: 1"]
     notes = Notes()
     assert rows_of(f"{tmp_path}/b/*", notes=notes) == ROWS
-    assert notes.lines() == [f"files of '{tmp_path}/b/*' whose endings are of no data, not read: 1"]
+    assert notes.lines() == [f"files of '{tmp_path}/b/*' whose endings are of no data, not read: 3"]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,7 @@ def test_no_code_of_a_data_set_runs_whatever_stdin_says(tmp_path, monkeypatch, o
     (tmp_path / "mine" / "rows.jsonl").write_text(LINES)
     assert rows_of(tmp_path / "mine") == ROWS
     for source in (tmp_path / "alone", tmp_path / "mine" / "mine.py"):
-        with pytest.raises(ValueError, match="end(s)? in one of .json"):
+        with pytest.raises(ValueError, match="ends? in one of .json"):
             read(str(source))
     (tmp_path / "evil.pkl").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
     with pytest.raises(ValueError, match="must end in one of .json"):
@@ -195,8 +197,8 @@ def test_a_broken_file_is_one_sentence_with_its_name_and_exit_code_2(tmp_path, m
     ("source", "sentence"),
     [
         ("missing.jsonl", "does not exist"),
-        ("folder", "holds no data file"),
-        ("folder.jsonl", "holds no data file"),
+        ("folder", "holds no file that ends in one of"),
+        ("folder.jsonl", "holds no file that ends in one of"),
         ("*.nothing", "no data file is named as"),
         ("fifo.jsonl", "is no file"),
         ("tests", "must hold train.jsonl"),
