@@ -1,9 +1,10 @@
 """Every optimizer that the benchmarks compare, made from a spec such as "galore(rank=8)", and the bytes that it holds.
 
-    python benchmarks/peers.py            # which are installed, and if not, why not
+    python benchmarks/peers.py            # which are installed, and if not, why not; and where each is from
 
-The real packages are used. GaLore and APOLLO project the matrices of a model's repeated layers (attention and MLP), as
-their READMEs do, and keep the rest under dense Adam. Weight decay is 0 unless asked for.
+The real packages are used, with the defaults of their papers; `benchmarks/papers.py` has what no package has. GaLore,
+Fira, APOLLO, Muon, FRUGAL, LDAdam and SinkGD change the matrices of a model's repeated layers (attention and MLP), as
+their authors do, and keep the rest under dense Adam. Weight decay is 0 unless asked for.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import papers
 from recipes.report import tensors_in
 
 
@@ -148,8 +150,108 @@ def _apollo(
     return APOLLOAdamW(groups, lr=given.lr, weight_decay=given.weight_decay)
 
 
+def _fira(
+    given: Given, rank: int = 128, update_proj_gap: int = 200, scale: float = 0.25, projection_type: str = "std"
+) -> torch.optim.Optimizer:
+    from pytorch_optimizer import Fira
+
+    fixed = {"update_proj_gap": update_proj_gap, "scale": scale, "projection_type": projection_type}
+    groups = _lowrank_groups(given, rank, lambda _: fixed)
+    return Fira(groups, lr=given.lr, weight_decay=given.weight_decay)
+
+
 def _apollo_mini(given: Given, **kwargs: Any) -> torch.optim.Optimizer:
     return _apollo(given, **{"rank": 1, "scale": 128, "scale_type": "tensor", **kwargs})
+
+
+def _adalomo(given: Given, **kwargs: Any) -> torch.optim.Optimizer:
+    """Make AdaLomo, which updates in backward: gradients are neither accumulated nor clipped."""
+    from pytorch_optimizer import AdaLOMO
+
+    class Stepped(AdaLOMO):  # the package wants its own fused_backward(loss, lr) in the place of backward and step
+        updates_in_backward = True
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            super().zero_grad(set_to_none)
+            self.lr = self.param_groups[0]["lr"]
+
+        def step(self, closure: Any = None) -> None:
+            self.grad_func(0)  # the gradient that came last
+            self.num_steps += 1
+
+        def state_bytes(self) -> int:
+            held = (self.exp_avg_sq, self.exp_avg_sq_row, self.exp_avg_sq_col)
+            return sum(tensor.nbytes for tensors in held for tensor in tensors.values())
+
+    fixed = {"loss_scale": 0.0}  # for fp16 alone
+    made = Stepped(given.whole_model("adalomo"), lr=given.lr, weight_decay=given.weight_decay, **{**fixed, **kwargs})
+    made.num_steps = 1
+    return made
+
+
+def _lion(given: Given, **kwargs: Any) -> torch.optim.Optimizer:
+    from pytorch_optimizer import Lion
+
+    return Lion(given.params, lr=given.lr, weight_decay=given.weight_decay, **kwargs)
+
+
+def _sm3(given: Given, **kwargs: Any) -> torch.optim.Optimizer:
+    from pytorch_optimizer import SM3
+
+    return SM3(given.params, lr=given.lr, **{"momentum": 0.9, **kwargs})
+
+
+class Joint(torch.optim.Optimizer):
+    """Optimizers of different parameters as one: schedules reach all of them."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+        super().__init__([param for part in parts for group in part.param_groups for param in group["params"]], {})
+        self.param_groups = [group for part in parts for group in part.param_groups]
+
+    def step(self, closure: Any = None) -> None:
+        """Update all parameters."""
+        for part in self.parts:
+            part.step()
+
+    def state_bytes(self) -> int:
+        """Return the bytes of state of all parts."""
+        return sum(map(state_bytes, self.parts))
+
+
+def _muon(given: Given, **kwargs: Any) -> torch.optim.Optimizer:
+    """Make Muon for matrices inside layers and AdamW for the rest, with updates of AdamW's root mean square."""
+    matrices, rest = _split(given)
+    fixed = {"adjust_lr_fn": "match_rms_adamw"}  # one learning rate for both
+    muon = torch.optim.Muon(matrices, lr=given.lr, weight_decay=given.weight_decay, **{**fixed, **kwargs})
+    return Joint(muon, *([_adamw(given._replace(params=rest))] if rest else []))
+
+
+def _frugal(given: Given, **kwargs: Any) -> torch.optim.Optimizer:
+    return papers.FRUGAL(_own_groups(given), given.lr, weight_decay=given.weight_decay, **kwargs)
+
+
+def _ldadam(given: Given, **kwargs: Any) -> torch.optim.Optimizer:
+    return papers.LDAdam(_own_groups(given), given.lr, weight_decay=given.weight_decay, **kwargs)
+
+
+def _sinkgd(given: Given, **kwargs: Any) -> torch.optim.Optimizer:
+    return papers.SinkGD(_own_groups(given), given.lr, weight_decay=given.weight_decay, **kwargs)
+
+
+def _scale(given: Given, **kwargs: Any) -> torch.optim.Optimizer:
+    model = given.whole_model("scale")
+    last = {id(param) for param in head_parameters(model)}
+    inside = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - last
+    matrices = [param for param in given.params if param.dim() > 1]
+    groups = [
+        {"params": [param for param in given.params if param.dim() < 2]},
+        {"params": [param for param in matrices if id(param) in last], "own": True, "last": True},
+        {"params": [param for param in matrices if id(param) in inside], "own": True, "dim": 0},
+        {"params": [param for param in matrices if id(param) not in last | inside], "own": True},
+    ]
+    filled = [group for group in groups if group["params"]]
+    return papers.SCALE(filled, given.lr, weight_decay=given.weight_decay, **kwargs)
 
 
 def _lora(
@@ -183,24 +285,53 @@ def _frozen(given: Given, **kwargs: Any) -> torch.optim.Optimizer:
     return _adamw(given._replace(params=head), fused=True, **kwargs)
 
 
-MAKERS: dict[str, tuple[Maker, str]] = {  # name → its maker, and the package that it needs
-    "adamw": (_adamw, "torch"),  # torch's own choice: on a CPU, a for-loop
-    "adamw_fused": (lambda given, **kwargs: _adamw(given, fused=True, **kwargs), "torch"),
-    "adamw_foreach": (lambda given, **kwargs: _adamw(given, foreach=True, **kwargs), "torch"),
-    "sgd": (_sgd, "torch"),
-    "sgd_momentum": (lambda given, **kwargs: _sgd(given, **{"momentum": 0.9, **kwargs}), "torch"),
-    "adamw8bit": (_adamw8bit, "bitsandbytes"),
-    "torchao8bit": (_torchao8bit, "torchao"),
-    "adafactor": (_adafactor, "transformers"),
-    "came": (_came, "came-pytorch"),
-    "galore": (_galore, "galore-torch"),
-    "apollo": (_apollo, "apollo-torch"),
-    "apollo_mini": (_apollo_mini, "apollo-torch"),
-    "lora": (_lora, "peft"),
-    "dora": (_dora, "peft"),
-    "frozen": (_frozen, "torch"),
-    "sgc": (_sgc, "torch"),
-    "attached": (_attached, "torch"),
+class Peer(NamedTuple):
+    """How an optimizer is made, and where it is from."""
+
+    maker: Maker
+    package: str  # that it needs; of its settings, what is not in the spec is the package's or the paper's default
+    source: str  # the paper, and whose code runs
+
+
+def _fused(given: Given, **kwargs: Any) -> torch.optim.Optimizer:
+    return _adamw(given, fused=True, **kwargs)
+
+
+def _foreach(given: Given, **kwargs: Any) -> torch.optim.Optimizer:
+    return _adamw(given, foreach=True, **kwargs)
+
+
+def _sgd_momentum(given: Given, **kwargs: Any) -> torch.optim.Optimizer:
+    return _sgd(given, **{"momentum": 0.9, **kwargs})
+
+
+MAKERS: dict[str, Peer] = {
+    "adamw": Peer(_adamw, "torch", "1711.05101; on a CPU torch chooses a for-loop; betas=(0.0, 0.999): no momentum"),
+    "adamw_fused": Peer(_fused, "torch", "1711.05101, one kernel"),
+    "adamw_foreach": Peer(_foreach, "torch", "1711.05101, a kernel per operation"),
+    "sgd": Peer(_sgd, "torch", "torch"),
+    "sgd_momentum": Peer(_sgd_momentum, "torch", "torch, momentum 0.9"),
+    "adamw8bit": Peer(_adamw8bit, "bitsandbytes", "2110.02861"),
+    "torchao8bit": Peer(_torchao8bit, "torchao", "2110.02861, compiled"),
+    "adafactor": Peer(_adafactor, "transformers", "1804.04235, with a learning rate of the caller's"),
+    "adalomo": Peer(_adalomo, "pytorch-optimizer", "2310.10195; updates in backward"),
+    "lion": Peer(_lion, "pytorch-optimizer", "2302.06675, betas 0.9 and 0.99"),
+    "muon": Peer(_muon, "torch", "kellerjordan.github.io/posts/muon; AdamW's root mean square as in 2502.16982"),
+    "came": Peer(_came, "came-pytorch", "2307.02047, its authors' code"),
+    "sm3": Peer(_sm3, "pytorch-optimizer", "1901.11150, momentum 0.9"),
+    "galore": Peer(_galore, "galore-torch", "2403.03507, its authors' code; rank 128, scale 0.25, gap 200"),
+    "fira": Peer(_fira, "pytorch-optimizer", "2410.01623; rank 128, scale 0.25, gap 200 as GaLore"),
+    "apollo": Peer(_apollo, "apollo-torch", "2412.05270, its authors' code; rank 256, scale 1, gap 200"),
+    "apollo_mini": Peer(_apollo_mini, "apollo-torch", "2412.05270, its authors' code; rank 1, scale 128"),
+    "frugal": Peer(_frugal, "torch", "2411.07837, from the paper; columns, density 0.25, gap 200"),
+    "ldadam": Peer(_ldadam, "torch", "2410.16103, from the paper; rank 16, rho and beta1 0.908, beta2 0.99"),
+    "scale": Peer(_scale, "torch", "2506.16659, from the paper; momentum 0.9 in the last layer"),
+    "sinkgd": Peer(_sinkgd, "torch", "2502.06742, from the paper; 5 iterations, 0.05 of AdamW's rate"),
+    "lora": Peer(_lora, "peft", "2106.09685; rank 8, alpha 16, all linear layers"),
+    "dora": Peer(_dora, "peft", "2402.09353; as LoRA"),
+    "frozen": Peer(_frozen, "torch", "AdamW for the head alone"),
+    "sgc": Peer(_sgc, "torch", "this repository"),
+    "attached": Peer(_attached, "torch", "this repository, compressed gradients"),
 }
 
 
@@ -230,14 +361,14 @@ def make(
     with warnings.catch_warnings():
         # bitsandbytes and torchao warn of CPUs, old names and missing kernels: nothing that changes a result.
         warnings.filterwarnings("ignore", module=r"(bitsandbytes|torchao|peft)(\..*)?")
-        made = MAKERS[name][0](given, **kwargs)
+        made = MAKERS[name].maker(given, **kwargs)
     optimizer, changed = made if isinstance(made, tuple) else (made, model)
     return Made(optimizer, changed, micro_batches)
 
 
 def why_not(name: str) -> str | None:
     """Say why an optimizer of MAKERS cannot be used here, or None where it can."""
-    package = MAKERS[name][1]
+    package = MAKERS[name].package
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -274,16 +405,27 @@ def head_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(head.parameters())
 
 
-def _lowrank_groups(given: Given, rank: int, options: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put matrices of more than `rank` rows and columns into low-rank groups by smaller side; the rest is dense."""
+def _split(given: Given, rank: int = 0) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Tell matrices inside layers (of bare parameters, all) with more than `rank` rows and columns from the rest."""
     found = lowrank_matrices(given.model) if given.model is not None else [p for p in given.params if p.dim() == 2]
     chosen = {id(param): param for param in found if min(param.shape) > rank}
+    return list(chosen.values()), [param for param in given.params if id(param) not in chosen]
+
+
+def _own_groups(given: Given) -> list[dict[str, Any]]:
+    """Put matrices inside layers into a group for the rule of a paper, and the rest into one for AdamW."""
+    matrices, dense = _split(given)
+    return [group for group in ({"params": dense}, {"params": matrices, "own": True}) if group["params"]]
+
+
+def _lowrank_groups(given: Given, rank: int, options: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put matrices of more than `rank` rows and columns into low-rank groups by smaller side; the rest is dense."""
+    matrices, dense = _split(given, rank)
     groups: dict[int, dict[str, Any]] = {}
-    for param in chosen.values():
+    for param in matrices:
         smaller = min(param.shape)
         group = groups.setdefault(smaller, {"params": [], "rank": rank, **options(smaller)})
         group["params"].append(param)
-    dense = [param for param in given.params if id(param) not in chosen]
     return [*([{"params": dense}] if dense else []), *groups.values()]
 
 
@@ -317,8 +459,8 @@ def _plain(tensor: Tensor) -> Iterable[Tensor]:
 
 def main() -> None:
     """Say which optimizers can be used here."""
-    for name, (_, package) in MAKERS.items():
-        print(f"{name:14} {package:14} {why_not(name) or 'installed'}")
+    for name, peer in MAKERS.items():
+        print(f"{name:14} {peer.package:18} {why_not(name) or 'installed':10} {peer.source}")
 
 
 if __name__ == "__main__":

@@ -120,7 +120,9 @@ def run_cell(cell: Cell, task: Task) -> dict[str, Any]:
     for step, batch in zip(range(cell.steps), task.batches(cell.batch_size, cell.seed), strict=False):
         optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros(())
-        for part, weight in parts_of(batch, micro_batches):
+        # what updates in backward would update at every micro-batch, so it gets the batch at once
+        whole = getattr(optimizer, "updates_in_backward", False)
+        for part, weight in [(batch, 1.0)] if whole else parts_of(batch, micro_batches):
             part_loss = model(**part).loss * weight
             part_loss.backward()
             loss += part_loss.detach().cpu()

@@ -41,6 +41,13 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
     },
     "llama": {
         "": (1e-3, 3e-3, 1e-2),
+        # from here to "scale" nobody has tried yet: rows say whether the best lay inside
+        "adalomo": (1e-2, 3e-2, 1e-1),
+        "lion": (1e-4, 3e-4, 1e-3),
+        "sm3": (3e-2, 1e-1, 3e-1),
+        "fira": (3e-3, 1e-2, 3e-2),
+        "frugal": (3e-4, 1e-3, 3e-3),
+        "scale": (3e-4, 1e-3, 3e-3),
         "frozen": (1e-2, 3e-2, 1e-1),
         "sgd": (3e-2, 1e-1, 3e-1),
         "sgd_momentum": (3e-2, 1e-1, 3e-1),
@@ -175,6 +182,19 @@ SMALLEST = "sgc(min_size=16)"  # vectors from 256 entries on are compressed, too
 MOMENT = ("adamw", "sgc()", "adamw(betas=(0.0, 0.999))")
 MEMORYLESS = ("sgc()", "sgc(min_size=1024)", "sgc(sparsity=4)", "sgc(sparsity=32)")
 
+YOUNGER = (
+    "adalomo",
+    "lion",
+    "muon",
+    "sm3",
+    "fira(rank=8, scale=1.0, update_proj_gap=50)",
+    "apollo_mini",
+    "frugal",
+    "ldadam(rank=8)",
+    "scale",
+    "sinkgd",
+)
+
 SUITES = {
     # The tasks on which every optimizer is run (and "shakespeare"); on the small one also every kind of SGC.
     "instruct": Suite((Setting("instruct", 150, 8),), (*PEERS, *MEMORYLESS, "sgc(sketch_size=32)")),
@@ -234,6 +254,11 @@ SUITES = {
     # What the first moment earns by batch size: four rates for everybody, twice as high for eight times the rows.
     "batch8": Suite((Setting("instruct", 150, 8),), MOMENT, rates={"": (7.5e-4, 1.5e-3, 3e-3, 6e-3)}),
     "batch64": Suite((Setting("instruct", 80, 64),), MOMENT, rates={"": (1.5e-3, 3e-3, 6e-3, 1.2e-2)}),
+    # Everybody, by batch size.
+    "peers": Suite(
+        (Setting("instruct", 150, 8), Setting("instruct", 80, 64)),
+        (*PEERS, *YOUNGER, "adamw(betas=(0.0, 0.999))", "sgc()"),
+    ),
     # What compressed gradients cost, with one micro-batch and with eight (two ranks are two micro-batches).
     "compressed": Suite(
         (Setting("instruct", 150, 8),),

@@ -47,6 +47,15 @@ LEARNERS = {
     f"galore(rank={RANK}, scale=1.0)": 3e-2,
     f"apollo(rank={RANK}, scale='auto')": 1e-2,
     "apollo_mini": 1e-3,
+    "adalomo": 3e-2,
+    "lion": 3e-3,
+    "muon": 1e-2,
+    "sm3": 3e-2,
+    f"fira(rank={RANK}, scale=1.0)": 1e-2,
+    "frugal(update_gap=3)": 1e-3,
+    f"ldadam(rank={RANK})": 1e-2,
+    "scale": 1e-3,
+    "sinkgd": 1e-2,
     f"lora(rank={RANK})": 1e-1,
     f"dora(rank={RANK})": 1e-1,
     "frozen": 1e-2,
@@ -67,6 +76,17 @@ def test_every_maker_is_tried():
 
 def sizes(params):
     return sum(param.numel() for param in params)
+
+
+def outside(network):
+    """List the parameters that are no matrices inside layers."""
+    inside = {id(param) for param in lowrank_matrices(network)}
+    return [param for param in network.parameters() if id(param) not in inside]
+
+
+def vectors(network):
+    """List the parameters of one dimension."""
+    return [param for param in network.parameters() if param.dim() < 2]
 
 
 def lowrank_bytes(network, projector):
@@ -91,6 +111,23 @@ def lowrank_bytes(network, projector):
         # a random projector of r×m, and the norm of the last update
         (f"apollo(rank={RANK})", lambda net: lowrank_bytes(net, lambda m: RANK * m + 1)),
         ("frozen", lambda net: 8 * sizes(net.lm_head.parameters()) + STEP),
+        # rows and columns of matrices, the square of vectors
+        ("adalomo", lambda net: sum(4 * sum(p.shape) for p in net.parameters())),
+        ("lion", lambda net: 4 * sizes(net.parameters())),
+        # momentum of the matrices inside layers, AdamW for the others
+        ("muon", lambda net: 4 * sizes(lowrank_matrices(net)) + sum(8 * p.numel() + STEP for p in outside(net))),
+        # two moments of a quarter of the columns, and which they are
+        (
+            "frugal(density=0.25)",
+            lambda net: 8 * sizes(outside(net)) + sum(2 * p.numel() + 2 * p.shape[1] for p in lowrank_matrices(net)),
+        ),
+        # what is left out of the last step stands beside the basis
+        (
+            f"ldadam(rank={RANK})",
+            lambda net: lowrank_bytes(net, lambda m: RANK * m) + 4 * sizes(lowrank_matrices(net)),
+        ),
+        ("scale", lambda net: 4 * sizes(net.lm_head.parameters()) + 8 * sizes(vectors(net))),
+        ("sinkgd", lambda net: 8 * sizes(outside(net))),
     ],
 )
 def test_bytes_are_those_of_the_closed_form(spec, expected):
@@ -186,7 +223,7 @@ def test_an_unknown_name_is_refused():
         make("adan", model(), 1e-3)
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "frozen", "attached"])
+@pytest.mark.parametrize("name", ["lora", "dora", "frozen", "attached", "adalomo", "scale"])
 def test_what_changes_the_model_is_refused_for_bare_parameters(name):
     if why_not(name) is None:
         with pytest.raises(ValueError, match="bare parameters"):
@@ -197,3 +234,32 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "came_pytorch", None)
     with pytest.raises(ValueError, match="pip install came-pytorch"):
         make("came", model(), 1e-3)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_peer_says_where_it_is_from(name):
+    assert MAKERS[name].source
+    assert MAKERS[name].package
+
+
+def test_a_schedule_reaches_both_parts_of_muon():
+    made = make("muon", model(), 1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(made.optimizer, lambda step: 0.5**step)
+    before = tiny.bits(made.model)
+    train(made, 1)
+    schedule.step()
+    assert [group["lr"] for group in made.optimizer.param_groups] == [5e-3, 5e-3]
+    assert [group["lr"] for part in made.optimizer.parts for group in part.param_groups] == [5e-3, 5e-3]
+    assert set(tiny.differing(before, tiny.bits(made.model))) == set(before)
+
+
+def test_adalomo_follows_the_learning_rate_and_updates_every_parameter():
+    made = make(installed("adalomo"), model(), 1e-2)
+    before = tiny.bits(made.model)
+    train(made, 1)
+    after = tiny.bits(made.model)
+    assert set(tiny.differing(before, after)) == set(before)
+    made.optimizer.param_groups[0]["lr"] = 0.0
+    made.optimizer.zero_grad()
+    train(made, 1)
+    assert tiny.differing(after, tiny.bits(made.model)) == []
