@@ -111,9 +111,10 @@ def test_a_folder_a_file_and_a_configuration_are_the_same_model(tmp_path):
     config = tiny()
     config.save_pretrained(tmp_path)
     peaks = set()
-    for model in (config, str(tmp_path), str(tmp_path / "config.json")):
+    for model in (config, str(tmp_path), tmp_path, str(tmp_path / "config.json")):
         found = plan(model, sequence_length=16, optimizers=["sgd"])
         peaks.add(found.rows[0].peak)
+        assert found.model == ("LlamaConfig" if model is config else str(model))
     assert len(peaks) == 1
 
 
@@ -206,6 +207,12 @@ def test_a_size_is_a_number_of_bytes_or_refused(size):
         ({"optimizers": ["adamm"]}, "an optimizer must be one of sgc, attached"),
         ({"optimizers": ["lora(rank=x)"]}, "a whole number of at least 1, got 'x', in 'lora\\(rank=x\\)'"),
         ({"optimizers": ["sgc(rank=4000)"]}, "rank must be at most"),
+        ({"dtype": ["bf16"]}, "dtype must be one of"),
+        ({"optimizers": 3}, "a list of at least one spec, got 3"),
+        ({"optimizers": [3]}, "an optimizer must be a name, or .* got 3"),
+        ({"trust_remote_code": "no"}, "trust_remote_code must be True or False, got 'no'"),
+        ({"gradient_checkpointing": 1}, "gradient_checkpointing must be True or False, got 1"),
+        ({"model": nn.Linear(1, 1)}, "a name, a path or a configuration, got Linear"),
         ({"sequence_length": True}, "sequence length must be a whole number of at least 1, got True"),
         (
             {"model": classifier(), "batch_size": 2},
@@ -295,6 +302,7 @@ TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num
 TEXT |= {"num_key_value_heads": 2}
 MORE = {  # what transformers wants to be told of a small one
     "mamba2": {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "num_hidden_layers": 2, "vocab_size": 320},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 8, "mamba_d_head": 16},
     "qwen2_5_vl": {
         "vision_config": {"depth": 2, "hidden_size": 64, "num_heads": 4, "out_hidden_size": 64},
@@ -331,8 +339,8 @@ def test_the_model_that_is_planned_is_the_one_that_would_be_trained(model_type, 
     whole, compressed, lora, qlora = found.rows
     assert whole.peak > 2 * found.parameters
     assert compressed.state > 0
-    assert lora.state > 0
-    assert (qlora.note == "") is (model_type not in ("mamba", "granitemoehybrid", "jamba", "bamba"))
+    assert (lora.note == "") is (model_type != "mixtral")
+    assert (qlora.note == "") is (model_type not in ("mamba", "granitemoehybrid", "jamba", "bamba", "mixtral"))
 
 
 @pytest.mark.slow
@@ -651,8 +659,23 @@ def test_the_tracker_finds_the_peak_that_torchs_own_finds(checkpointing):
         (tiny(), torch.float32, False, True),
         (gpt2(), torch.float32, False, False),
         (classifier(pad_token_id=0), torch.float32, False, False),
+        (family("bert"), torch.float32, False, False),
+        (family("t5"), torch.bfloat16, False, False),
+        (family("falcon_h1"), torch.float32, True, False),
+        (family("mixtral"), torch.float32, False, False),
     ],
-    ids=["llama", "bf16, checkpointing", "tied", "chunked loss", "gpt2", "classifier"],
+    ids=[
+        "llama",
+        "bf16, checkpointing",
+        "tied",
+        "chunked loss",
+        "gpt2",
+        "classifier",
+        "masked",
+        "t5",
+        "hybrid",
+        "experts",
+    ],
 )
 def test_a_traced_step_holds_what_a_real_one_holds(config, dtype, checkpointing, chunked):
     if chunked and not hasattr(nn, "LinearCrossEntropyOptions"):
@@ -667,7 +690,8 @@ def test_a_traced_step_holds_what_a_real_one_holds(config, dtype, checkpointing,
     with tracker:
         loss_of(model, batch, chunked=chunked).backward()
     peak = max(traced.moments, key=lambda held: held.total)
-    assert peak.total == tracker.peak().total
+    offsets = 4 * getattr(config, "num_local_experts", 0)  # which torch's own operator on experts does not keep
+    assert peak.total == tracker.peak().total + offsets
     assert peak.weights == sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     most = max(held.gradients for held in traced.moments)
     assert most == sum(param.numel() * param.element_size() for param in model.parameters())
@@ -875,13 +899,17 @@ def test_compressed_gradients_are_never_all_there():
 def test_an_adapted_model_has_the_parameters_that_pefts_has():
     import peft
 
-    for config, task in ((tiny(), "CAUSAL_LM"), (gpt2(), "CAUSAL_LM"), (classifier(), "SEQ_CLS")):
+    configs = [(tiny(), "CAUSAL_LM"), (gpt2(), "CAUSAL_LM"), (classifier(), "SEQ_CLS"), (family("t5"), "SEQ_2_SEQ_LM")]
+    configs += [(family(name), None) for name in ("bert", "llava", "mamba", "falcon_h1", "jamba")]
+    for config, task in configs:
         for dtype in (torch.float32, torch.bfloat16):
             with fake():
                 ours = infos(adapters.lora(make_model(config, dtype), rank=4))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 asked = peft.LoraConfig(task_type=task, r=4, target_modules="all-linear")
+                if config.model_type in adapters.SCANS:  # as peft wants it
+                    asked = peft.LoraConfig(r=4, target_modules="all-linear", exclude_modules=["out_proj"])
                 theirs = infos(peft.get_peft_model(make_model(config, dtype), asked))
             pairs = [sorted((i.numel, str(i.dtype), i.trained) for i in found) for found in (ours, theirs)]
             assert pairs[0] == pairs[1]

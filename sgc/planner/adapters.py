@@ -17,6 +17,7 @@ from sgc.planner.trace import is_linear
 
 BLOCK = 64  # entries of NF4 that share a scale
 SCANS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # whose `out_proj` peft refuses to adapt
+EXPERTS = ("mixtral", "qwen2_moe")  # whose stacked experts, and those of their kin, peft adapts as "all-linear", too
 SCALES = 256  # scales that share one of their own, under double quantization
 
 
@@ -33,7 +34,10 @@ def qlora(model: Any, rank: int) -> nn.Module:
 def _adapted(model: Any, rank: int, four_bits: bool) -> nn.Module:
     head = model.get_output_embeddings()
     classifier = [part for name in ("score", "classifier") if (part := getattr(model, name, None)) is not None]
-    scans = model.config.model_type in SCANS
+    kind = model.config.model_type
+    if conversion_patterns().get(kind, kind) in EXPERTS:
+        raise PlanError("not planned: peft adapts this model's experts, too")
+    scans = kind in SCANS
     whole = getattr(model, "_keep_in_fp32_modules", None) or ()  # which transformers quantizes for none
     kept = {id(module) for part in (head, *classifier) if part is not None for module in part.modules()}
     for param in model.parameters():
@@ -49,6 +53,14 @@ def _adapted(model: Any, rank: int, four_bits: bool) -> nn.Module:
         model.add_module(f"first_classifier_{number}", first)
         part.requires_grad_(True)
     return model
+
+
+def conversion_patterns() -> dict[str, str]:
+    """Give the kinds of models that transformers converts as those of another kind: so peft finds stacked experts."""
+    from transformers import conversion_mapping
+
+    found: dict[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    return found
 
 
 def four_bit_bytes(entries: int) -> int:

@@ -167,7 +167,9 @@ def parse_bytes(size: str | float, name: str = "memory", *, zero: bool = False) 
     return int(number)
 
 
-def load_config(model: str | PretrainedConfig, *, trust_remote_code: bool = False) -> PretrainedConfig:
+def load_config(
+    model: str | os.PathLike[str] | PretrainedConfig, *, trust_remote_code: bool = False
+) -> PretrainedConfig:
     """Give the configuration of a built-in shape, a folder, a config.json or a model of the hub.
 
     Raises:
@@ -176,6 +178,8 @@ def load_config(model: str | PretrainedConfig, *, trust_remote_code: bool = Fals
     transformers = _transformers()
     if isinstance(model, transformers.PretrainedConfig):
         return model
+    if not isinstance(model, (str, os.PathLike)):
+        raise PlanError(f"a model must be a name, a path or a configuration, got {type(model).__name__}")
     name = str(model)
     if name.lower() in BUILT_IN:
         return transformers.AutoConfig.for_model(**BUILT_IN[name.lower()])

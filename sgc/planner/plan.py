@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,7 +104,7 @@ class Plan:
 
 
 def plan(
-    model: str | PretrainedConfig,
+    model: str | PathLike[str] | PretrainedConfig,
     *,
     gpu_memory: str | float | None = None,
     batch_size: int = 1,
@@ -146,9 +147,10 @@ def plan(
 
     Source: ours.
     """
-    config = load_config(model, trust_remote_code=trust_remote_code)
-    sequence_length = check_run(config, batch_size, sequence_length)
-    if dtype not in DTYPES:
+    for name, flag in (("gradient_checkpointing", gradient_checkpointing), ("trust_remote_code", trust_remote_code)):
+        if not isinstance(flag, bool):
+            raise PlanError(f"{name} must be True or False, got {flag!r}")
+    if dtype not in list(DTYPES):
         raise PlanError(f"the dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if loss not in ("plain", "chunked"):
         raise PlanError(f'the loss must be "plain" or "chunked", got {loss!r}')
@@ -158,18 +160,20 @@ def plan(
         kept = parse_bytes(reserve, "the reserve", zero=True)
     if budget is not None and budget < kept:
         raise PlanError(f"memory must be at least the {kept:,} bytes kept free, got {gpu_memory!r}: {budget:,} bytes")
-    if optimizers is not None and (isinstance(optimizers, str) or not optimizers):
+    if optimizers is not None and not (isinstance(optimizers, (list, tuple)) and optimizers):
         raise PlanError(f"the optimizers must be a list of at least one spec, got {optimizers!r}")
     devices = Devices(world_size, strategy)
     named = specs(DTYPES[dtype], lora_rank, galore_rank, apollo_rank) if optimizers is None else optimizers
     wanted = [contender(spec, DTYPES[dtype]) for spec in named]
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    sequence_length = check_run(config, batch_size, sequence_length)
     chunked = loss == "chunked"
     run = Run(config, DTYPES[dtype], batch_size, sequence_length, gradient_checkpointing, chunked, trust_remote_code)
     planner = _Planner(run, devices)
     room = None if budget is None else budget - kept
     rows = tuple(planner.row(one, room) for one in wanted)
     return Plan(
-        model=model if isinstance(model, str) else type(model).__name__,
+        model=str(model) if isinstance(model, (str, PathLike)) else type(model).__name__,
         architecture=type(planner.meta).__name__,
         parameters=sum(info.numel for info in planner.params),
         dtype=dtype,

@@ -91,13 +91,15 @@ def check_plot(path: str | Path) -> None:
     suffix, known = Path(path).suffix.lower(), [f".{name}" for name in FigureCanvasBase.get_supported_filetypes()]
     if suffix not in known:
         raise PlanError(f"a plot must be a file that ends in one of {', '.join(sorted(known))}, got {str(path)!r}")
+    there = os.path.lexists(path)
+    if there and not os.path.isfile(path):
+        raise PlanError(f"the plot {str(path)!r} can't be written: there is something that is no file")
     try:
-        before = os.path.lexists(path)
         with open(path, "ab"):  # which leaves what is there as it is
             pass
-        if not before:
+        if not there:
             os.unlink(path)
-    except (OSError, ValueError) as error:  # a folder, no right to it, no folder to put it in; a name that none can be
+    except (OSError, ValueError) as error:  # no right to it, no folder to put it in, no name
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise PlanError(f"the plot {str(path)!r} can't be written: {reason}") from error
 

@@ -46,7 +46,7 @@ class Held(NamedTuple):
 
 KINDS = Held._fields
 SCANNED = 2048  # tokens of which a scan's kernel keeps one state
-MOST_MOMENTS = 1_000_000  # of a step: a model that goes through a row token by token has millions
+MOST_MOMENTS = 200_000  # of a step: a model that goes through a row token by token has millions
 
 
 class Tracker(TorchDispatchMode):
@@ -187,37 +187,33 @@ def is_linear(module: nn.Module) -> bool:
 def fake() -> Iterator[None]:
     """Make tensors without memory."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(), _no_packed_rows():
-        yield
-
-
-@contextlib.contextmanager
-def _no_packed_rows() -> Iterator[None]:
-    """Say that a row is one sequence: transformers can't see it in fake positions, and would mask all pairs."""
     from transformers import masking_utils
+    from transformers.integrations import moe
 
-    before = getattr(masking_utils, "find_packed_sequence_indices", None)
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
+    with FakeTensorMode(), contextlib.ExitStack() as stack:
+        # a row is one sequence: transformers can't see it in fake positions, and would mask all pairs
+        stack.enter_context(_replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None))
+        # torch's operator on fake tensors is of bf16 alone; transformers' own makes the same tensors
+        stack.enter_context(_replaced(moe, "_can_use_grouped_mm", lambda *_: False))
         yield
-    finally:
-        if before is not None:
-            masking_utils.find_packed_sequence_indices = before
 
 
 @contextlib.contextmanager
-def _kernels(model: nn.Module) -> Iterator[None]:
-    """Let a model scan as mamba-ssm's kernel does: transformers' own loop goes through a row token by token."""
-    module: Any = sys.modules[type(model).__module__]
-    before = getattr(module, "mamba_selective_scan", None)
+def _replaced(module: Any, name: str, by: Callable[..., Any]) -> Iterator[None]:
+    """Put another function in a module's place, where it has one."""
+    before = getattr(module, name, None)
     if before is not None:
-        module.mamba_selective_scan = _selective_scan
+        setattr(module, name, by)
     try:
         yield
     finally:
         if before is not None:
-            module.mamba_selective_scan = before
+            setattr(module, name, before)
+
+
+def _scanned_at_once(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Scan as mamba-ssm's kernel does: transformers' own loop goes through a row token by token."""
+    return _replaced(sys.modules[type(model).__module__], "mamba_selective_scan", _selective_scan)
 
 
 def _selective_scan(
@@ -261,7 +257,7 @@ def trace(run: Run, adapt: Callable[[PreTrainedModel], nn.Module] | None = None)
     with fake():
         made = make_model(run.config, run.dtype, trust_remote_code=run.trust_remote_code)
         rows = f"{run.batch_size} x {run.sequence_length} tokens"
-        with refused(f"{type(made).__name__} refuses a batch of {rows}"), _kernels(made):
+        with refused(f"{type(made).__name__} refuses a batch of {rows}"), _scanned_at_once(made):
             if run.checkpointing:
                 checkpointed(made)
             model: nn.Module = made if adapt is None else adapt(made)
