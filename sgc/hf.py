@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import inspect
 import json
 import logging
 import math
 import os
+import re
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ COMPONENTS = {  # of the state, by the names of its tensors
 }
 FAILED_PROBES = 5  # in a row, before recovery is said to fail
 NOISE_SHARE = 0.93  # of what noise leaves: runs that learned stayed below 0.9 of it, those that did not above 0.95
+WRAPPER = re.compile(r"(?:^module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # in names
 _logger = logging.getLogger("sgc")
 
 Override = Mapping[str, Any] | str
@@ -71,7 +74,8 @@ def create_sgc_optimizer(
             is frozen stays so unless a longer match says "compressed" or "dense".
         compressed_gradients: compress every gradient as soon as backward has made it (`SGC.attach`).
         sample_every: as for `SGC.attach`; default: its own.
-        sgc_kwargs: of SGC, for all: lr, betas, weight_decay, sketch_size, …
+        sgc_kwargs: of SGC, for all: lr, betas, weight_decay, sketch_size, …; a function that is called by hand knows no
+            Trainer, so what is left out is SGC's own default.
 
     Returns:
         The optimizer; its groups hold the names of their parameters. Parameters without an override come first, those
@@ -106,14 +110,37 @@ def create_sgc_optimizer(
 class SGCFactory:
     """Make SGC inside a Trainer, which calls `SGCFactory()(model, **kwargs)`: see `create_sgc_optimizer`.
 
+    Without `lr`, learning rate and weight decay are those of the Trainer's arguments, if `SGCCallback` is one of its
+    callbacks. A Trainer that takes no `optimizer_cls_and_kwargs`, as some of TRL's, can be given it afterwards.
+
     Example:
         >>> from transformers import Trainer
         >>> trainer = Trainer(..., optimizer_cls_and_kwargs=(SGCFactory, {"lr": 1e-3}))  # doctest: +SKIP
+        >>> trainer.optimizer_cls_and_kwargs = (SGCFactory, {"lr": 1e-3})  # doctest: +SKIP
     """
 
     def __call__(self, model: nn.Module, **kwargs: Any) -> SGC:
-        """Make the optimizer of a model from the keyword arguments of `create_sgc_optimizer`."""
-        return create_sgc_optimizer(model, **kwargs)
+        """Make the optimizer of a model from the keyword arguments of `create_sgc_optimizer`.
+
+        Raises:
+            ValueError: as `create_sgc_optimizer`; or there is no `lr`, and no Trainer with `SGCCallback` to take it of.
+        """
+        return create_sgc_optimizer(model, **(kwargs if "lr" in kwargs else _rates_of_trainer() | kwargs))
+
+
+def _rates_of_trainer() -> dict[str, float]:
+    """Give learning rate and weight decay of the Trainer that is making its optimizer."""
+    from transformers import Trainer
+
+    for name, owner in _callers():
+        if isinstance(owner, Trainer) and name == "create_optimizer":
+            if any(isinstance(callback, SGCCallback) for callback in owner.callback_handler.callbacks):
+                return {"lr": owner.args.learning_rate, "weight_decay": owner.args.weight_decay}
+            break
+    raise ValueError(
+        'SGCFactory needs a learning rate, as in (SGCFactory, {"lr": 1e-3}); or add SGCCallback() to the callbacks of '
+        "the Trainer, and learning_rate and weight_decay of its arguments hold"
+    )
 
 
 # ------------------------------------------------------------------------------------------ parameters into groups
@@ -301,18 +328,25 @@ class SGCCallback(TrainerCallback):
     At the end `sgc_summary.json` is written into `output_dir` by the main process. Warnings and a short table go to the
     logger "sgc".
 
+    Training is refused where the optimizer holds nothing of what the model trains, as when `peft_config` has made new
+    parameters after it. What it leaves out is named, and so is a checkpoint that had no state of the optimizer.
+
     Example:
         >>> from transformers import Trainer
         >>> trainer = Trainer(..., callbacks=[SGCCallback()])  # doctest: +SKIP
     """
 
+    _activations: _SavedForBackward | None = None
+
     def __init__(self) -> None:
         self._start()
 
     def _start(self) -> None:
+        if self._activations is not None:
+            self._activations.remove()  # the run before has failed
         self._optimizer: SGC | None = None
         self._gradients = self._sums = 0
-        self._activations: _SavedForBackward | None = None
+        self._activations = None
         self._errors: deque[float] = deque(maxlen=FAILED_PROBES)
         self._noise: tuple[float, dict[str, Any]] | None = None
         self._skipped = 0.0
@@ -321,7 +355,11 @@ class SGCCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find the optimizer, compare what it was given with the arguments of the Trainer, begin to measure."""
+        """Find the optimizer, compare it with the model, the checkpoint and the Trainer's arguments, begin to measure.
+
+        Raises:
+            RuntimeError: the optimizer holds none of the parameters that the model trains.
+        """
         self._start()
         _go_first(self)
         self._optimizer = find_sgc(kwargs.get("optimizer"))
@@ -329,8 +367,11 @@ class SGCCallback(TrainerCallback):
             kind = type(kwargs.get("optimizer")).__name__
             _logger.warning("SGCCallback reports nothing: the optimizer of this Trainer is no SGC but a %s", kind)
             return
+        missing = left_out(self._optimizer, kwargs["model"])
         if state.is_world_process_zero:
             _compare_arguments(args, self._optimizer)
+            _say_left_out(missing)
+            _say_unloaded(self._optimizer, state)
         self._skipped = self._optimizer.stats()["skipped_tensors"]
         device = _device(self._optimizer)
         if device.type != "cpu":
@@ -338,6 +379,13 @@ class SGCCallback(TrainerCallback):
                 torch.accelerator.reset_peak_memory_stats(device)
         elif _can_be_hooked(kwargs["model"], args):
             self._activations = _SavedForBackward(kwargs["model"])
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure the activations of this step's first forward pass, if a log has come since they were."""
+        if self._activations is not None and self._activations.due:
+            self._activations.arm()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -371,7 +419,7 @@ class SGCCallback(TrainerCallback):
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(numbers)
         if self._activations is not None:
-            self._activations.armed = True
+            self._activations.due = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -499,19 +547,69 @@ def tensor_bytes(tensors: Iterable[Tensor | None], device: torch.device | None =
     return sum(storages.values())
 
 
-def _go_first(callback: TrainerCallback) -> None:
-    """Put a callback before those that report, which the Trainer calls first and which would not see what it adds.
-
-    The Trainer hands its callbacks neither itself nor their order; the handler that is calling knows it.
-    """
+def _callers() -> Iterator[tuple[str, Any]]:
+    """Name the methods under way and their objects, innermost first: transformers hands its Trainer to nobody."""
     frame = inspect.currentframe()
     while frame is not None:
-        handler = frame.f_locals.get("self")
+        yield frame.f_code.co_name, frame.f_locals.get("self")
+        frame = frame.f_back
+
+
+def _go_first(callback: TrainerCallback) -> None:
+    """Put a callback before those that report, which the Trainer calls first and which would not see what it adds."""
+    for _, handler in _callers():
         if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
             handler.callbacks.remove(callback)
             handler.callbacks.insert(0, callback)
             return
-        frame = frame.f_back
+
+
+def left_out(optimizer: SGC, model: nn.Module) -> list[str]:
+    """Name the parameters that a model trains and an optimizer does not hold.
+
+    A sharding harness may have put other tensors in the place of the optimizer's, or of the model's. The optimizer
+    knows which it was given; where neither those nor the ones it holds now are the model's, names decide.
+
+    Raises:
+        RuntimeError: it holds none of them.
+    """
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    given = {id(param) for known in optimizer._given if (param := known()) is not None}
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    missing = [name for name, param in trained.items() if id(param) not in given | held]
+    if len(missing) < len(trained):
+        return missing
+    if not held <= given:
+        names = {name for group in optimizer.param_groups for name in group.get("param_names") or ()}
+        if not names or not names.isdisjoint(WRAPPER.sub("", name) for name in trained):
+            return []
+    lr = float(optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"]))
+    raise RuntimeError(
+        f"the optimizer holds none of the {len(trained)} tensors that the model trains, and so would train nothing: it "
+        "was made before they were, as those of peft_config are, or for another model. Make the Trainer without "
+        f'optimizers=, and then write: trainer.optimizer_cls_and_kwargs = (SGCFactory, {{"lr": {lr:g}}})'
+    )
+
+
+def _say_left_out(names: list[str]) -> None:
+    if names:
+        some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        _logger.warning("%d tensors that require a gradient are not the optimizer's, and stay: %s", len(names), some)
+
+
+def _say_unloaded(optimizer: SGC, state: TrainerState) -> None:
+    """Say that a run goes on from a checkpoint of which the optimizer has loaded nothing."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if not params or not all(hasattr(param, "to_local") or id(param) in optimizer._given_by_id for param in params):
+        return  # DeepSpeed loads its partitions by itself, and warns of what is missing
+    counted = any(group["steps"] for group in optimizer.param_groups) and not optimizer._steps  # since it was loaded
+    if state.global_step and not counted:
+        _logger.warning(
+            "training goes on at step %d, but the optimizer has loaded no state and begins anew: the checkpoint lacks "
+            "optimizer.pt or scheduler.pt, as with save_only_model; for a new run with its weights open the model from "
+            "its folder, and leave resume_from_checkpoint out",
+            state.global_step,
+        )
 
 
 def _compare_arguments(args: TrainingArguments, optimizer: SGC) -> None:
@@ -533,40 +631,57 @@ def _compare_arguments(args: TrainingArguments, optimizer: SGC) -> None:
 
 
 class _SavedForBackward:
-    """Counts the bytes that a model's forward pass saves for backward: distinct storages, parameters left out."""
+    """Counts the bytes that a model's forward pass saves for backward: distinct storages, parameters left out.
+
+    For one pass it stands in the place of `model.forward`, which it puts back before that begins: nothing of it stays
+    on the model, however the pass or the run ends.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self.bytes, self.armed = 0, True
+        self.bytes, self.due = 0, True
         self._model = model
-        self._context: torch.autograd.graph.saved_tensors_hooks | None = None
-        self._storages: dict[int, int] = {}
-        self._handles = [
-            model.register_forward_pre_hook(self._enter, prepend=True),
-            model.register_forward_hook(self._leave, always_call=True),
-        ]
+        self._forward: Callable[..., Any] | None = None  # what is in the place of the model's while it is armed
+        self._before: Callable[..., Any] | None = None  # what was set there before, by others
 
-    def _enter(self, module: nn.Module, inputs: Any) -> None:
-        if self.armed and module.training and torch.is_grad_enabled() and self._context is None:
-            self._storages = {}
-            self._context = torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor)
-            self._context.__enter__()
+    def arm(self) -> None:
+        """Measure the next forward pass in training."""
+        before = vars(self._model).get("forward")
+        if isinstance(other := getattr(before, "meter", None), _SavedForBackward):
+            other.remove()  # a run that failed between the beginning of a step and its forward pass
+            before = vars(self._model).get("forward")
+        forward = self._model.forward
 
-    def _note(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        self._storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        @functools.wraps(forward)
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            if self._forward is not measured or not self._model.training or not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            self.remove()
+            storages: dict[int, int] = {}
 
-    def _leave(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        if self._context is not None:
-            self._context.__exit__(None, None, None)
-            self._context, self.armed = None, False
+            def note(tensor: Tensor) -> Tensor:
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                outputs = forward(*args, **kwargs)
             for param in self._model.parameters():
-                self._storages.pop(param.untyped_storage().data_ptr(), None)
-            self.bytes = max(self.bytes, sum(self._storages.values()))
+                storages.pop(param.untyped_storage().data_ptr(), None)
+            self.bytes, self.due = max(self.bytes, sum(storages.values())), False
+            return outputs
+
+        vars(measured)["meter"] = self
+        self._before, self._forward = before, measured
+        self._model.forward = measured
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        """Put the model's forward back."""
+        if self._forward is not None and vars(self._model).get("forward") is self._forward:
+            if self._before is None:
+                del self._model.forward
+            else:
+                self._model.forward = self._before
+        self._forward = self._before = None
 
 
 def _can_be_hooked(model: nn.Module, args: TrainingArguments) -> bool:

@@ -1,10 +1,13 @@
 """SGC in Hugging Face's Trainer: groups, reports, and a resumed run that ends in the same bits."""
 
+import gc
 import importlib
 import json
 import logging
 import math
+import shutil
 import sys
+import weakref
 
 import pytest
 import torch
@@ -427,13 +430,68 @@ def test_reporting_changes_no_bit_of_training(tmp_path):
 def test_activations_on_a_cpu_are_what_forward_saves_for_backward():
     model = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 8))
     meter = hf._SavedForBackward(model)
-    model(torch.zeros(5, 24)).sum().backward()
+    meter.arm()
+    model.eval()(torch.zeros(50, 24))
+    model.train()(torch.zeros(5, 24)).sum().backward()
     assert meter.bytes == 4 * 5 * (24 + 40)  # the inputs of both layers; the second is also what ReLU saves
     model(torch.zeros(500, 24))
     assert meter.bytes == 4 * 5 * (24 + 40)  # only when it is armed
-    meter.remove()
-    assert not model._forward_hooks
-    assert not model._forward_pre_hooks
+    assert "forward" not in vars(model)
+
+
+class Failing(LlamaForCausalLM):
+    """A model whose forward pass fails when it is told to."""
+
+    fails = None
+
+    def forward(self, *args, **kwargs):
+        if self.training and self.fails is not None:
+            error, type(self).fails = self.fails, None
+            raise error
+        return super().forward(*args, **kwargs)
+
+
+class Fails(hf.TrainerCallback):
+    """Raises at one event of the second step, once."""
+
+    def __init__(self, event, error):
+        setattr(self, event, self.fail)
+        self.error = error
+
+    def fail(self, args, state, control, **kwargs):
+        if self.error is not None and state.global_step:
+            error, self.error = self.error, None
+            raise error
+
+
+def left_on(model):
+    """All that a callback could have left: hooks, attributes, and what sees the tensors that autograd saves."""
+    kept = [len(getattr(module, name)) for module in model.modules() for name in vars(module) if "_hooks" in name]
+    return kept, "forward" in vars(model), torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+EVENTS = ["on_step_begin", "forward", "on_log"]
+
+
+@pytest.mark.parametrize(("another", "error"), [(False, KeyboardInterrupt()), (True, MemoryError())], ids=str)
+def test_a_run_that_fails_leaves_nothing_on_the_model_wherever_it_fails(tmp_path, another, error):
+    model = llama()
+    model.__class__ = Failing
+    before = left_on(model)
+    for event in EVENTS:
+        fails = [] if event == "forward" else [Fails(event, error)]
+        Failing.fails = error if event == "forward" else None
+        changed = {"max_steps": 3, "remove_unused_columns": False}
+        run = trainer(tmp_path, model, callbacks=[*fails, SGCCallback()], **changed)
+        with pytest.raises(type(error)):
+            run.train()
+        if event != "on_step_begin":  # what is set up there waits for the forward pass
+            assert left_on(model) == before, event
+        if another:
+            run = trainer(tmp_path, model, callbacks=[SGCCallback()], **changed)
+        run.train()
+        assert left_on(model) == before, event
+        assert run.state.log_history[0]["sgc/memory/activations"] > 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator, whose allocator counts")
@@ -572,6 +630,137 @@ def test_with_compressed_gradients_the_norm_is_reported_and_no_gradient_held(tmp
     first = hooked.state.log_history[0]
     sums = hf.find_sgc(hooked.optimizer)._compressor.most_bytes()
     assert first["sgc/memory/optimizer_state"] == first["sgc/state_bytes"] + sums
+
+
+class Wrapper(nn.Module):
+    """Names parameters as DistributedDataParallel and torch.compile do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = nn.ModuleDict({"_orig_mod": model})
+
+
+def test_an_optimizer_that_holds_nothing_of_what_the_model_trains_is_refused_before_the_first_step(tmp_path):
+    for trained, made_for in ((llama(), llama()), (llama(), llama(seed=1)), (llama().requires_grad_(False), llama())):
+        before = [param.detach().clone() for param in trained.parameters()]
+        optimizers = (create_sgc_optimizer(made_for, lr=1e-2), None)
+        run = Trainer(
+            trained, arguments(tmp_path), train_dataset=rows(), optimizers=optimizers, callbacks=[SGCCallback()]
+        )
+        with pytest.raises(RuntimeError, match=r"trainer.optimizer_cls_and_kwargs = \(SGCFactory, {\"lr\": 0.01}\)"):
+            run.train()
+        assert all(map(torch.equal, before, trained.parameters()))
+
+
+def test_what_the_optimizer_leaves_out_is_named_and_what_is_frozen_is_not(tmp_path, caplog):
+    model = llama(tied=False)
+    optimizer = SGC([*model.model.layers.parameters(), model.model.embed_tokens.weight])
+    model.model.embed_tokens.requires_grad_(False)
+    assert hf.left_out(optimizer, model) == ["model.norm.weight", "lm_head.weight"]
+    run = Trainer(
+        model, arguments(tmp_path), train_dataset=rows(), optimizers=(optimizer, None), callbacks=[SGCCallback()]
+    )
+    run.train()
+    assert messages(caplog) == [
+        "2 tensors that require a gradient are not the optimizer's, and stay: model.norm.weight, lm_head.weight"
+    ]
+
+
+def test_where_a_harness_has_replaced_the_tensors_names_decide():
+    def replaced(model):
+        optimizer = create_sgc_optimizer(model)
+        for group in optimizer.param_groups:
+            group["params"] = [nn.Parameter(param.detach().flatten()) for param in group["params"]]
+        return optimizer
+
+    assert hf.left_out(replaced(llama()), Wrapper(llama(seed=1))) == []
+    with pytest.raises(RuntimeError, match="holds none of the 2 tensors"):
+        hf.left_out(replaced(llama()), nn.Linear(4, 4))
+
+
+def rates(run):
+    (lr,) = {group["initial_lr"] for group in hf.find_sgc(run.optimizer).param_groups}
+    return lr, max(group["weight_decay"] for group in hf.find_sgc(run.optimizer).param_groups)
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, (3e-4, 0.3)),
+        ({"weight_decay": 0.2}, (3e-4, 0.2)),
+        ({"lr": 2e-3}, (2e-3, 0.01)),  # who sets one has rates of their own
+        ({"lr": 2e-3, "weight_decay": 0.2}, (2e-3, 0.2)),
+    ],
+    ids=str,
+)
+def test_without_a_rate_of_its_own_the_factory_takes_those_of_the_trainer(tmp_path, own, expected):
+    given = {"learning_rate": 3e-4, "weight_decay": 0.3, "max_steps": 1}
+    run = Trainer(
+        llama(),
+        arguments(tmp_path, **given),
+        train_dataset=rows(),
+        optimizer_cls_and_kwargs=(SGCFactory, own),
+        callbacks=[SGCCallback()],
+    )
+    run.train()
+    assert rates(run) == expected
+
+
+def test_every_trainer_has_its_own_rates_and_is_not_kept(tmp_path):
+    model = llama()
+    first, second, fresh = (
+        Trainer(
+            *((model,) if fresh is None else ()),
+            args=arguments(tmp_path, max_steps=1, learning_rate=lr),
+            model_init=fresh,
+            train_dataset=rows(),
+            optimizer_cls_and_kwargs=(SGCFactory, {}),
+            callbacks=[SGCCallback()],
+        )
+        for lr, fresh in ((3e-4, None), (4e-4, None), (5e-4, lambda: llama()))
+    )
+    for run in (first, second, fresh):
+        run.train()
+    assert [rates(run)[0] for run in (first, second, fresh)] == [3e-4, 4e-4, 5e-4]
+    gone = weakref.ref(first), weakref.ref(first.optimizer)
+    del run, first
+    gc.collect()
+    assert [left() for left in gone] == [None, None]
+
+
+def test_without_a_rate_and_without_a_trainer_that_has_the_callback_the_factory_refuses(tmp_path):
+    run = Trainer(
+        llama(), arguments(tmp_path), train_dataset=rows(), optimizer_cls_and_kwargs=(SGCFactory, {"sketch_size": 16})
+    )
+    for make in (run.train, lambda: SGCFactory()(llama())):
+        with pytest.raises(ValueError, match=r"SGCFactory needs a learning rate, as in .* or add SGCCallback\(\)"):
+            make()
+
+
+@pytest.mark.parametrize(
+    "lacks", [["optimizer.pt"], ["scheduler.pt"], ["optimizer.pt", "scheduler.pt", "rng_state.pth"], []], ids=str
+)
+@pytest.mark.parametrize("again", [False, True], ids=["another Trainer", "the same"])
+def test_a_checkpoint_of_which_the_optimizer_loads_nothing_is_said(checkpoint, tmp_path, caplog, lacks, again):
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(checkpoint, folder)
+    for name in lacks:
+        (folder / name).unlink()
+    run = trainer(tmp_path, callbacks=[SGCCallback()], max_steps=3)
+    if again:
+        run.train()
+    caplog.clear()
+    run.train(resume_from_checkpoint=str(folder))
+    said = messages(caplog)
+    assert len(said) == bool(lacks)
+    assert all("goes on at step 2, but the optimizer has loaded no state and begins anew" in one for one in said)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    trainer(folder, max_steps=2, save_strategy="steps", save_steps=2).train()
+    return folder / "checkpoint-2"
 
 
 def test_arguments_of_the_trainer_that_do_not_reach_sgc_are_said(tmp_path, caplog):

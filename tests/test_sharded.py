@@ -231,6 +231,7 @@ def test_the_trainer_resumes_in_the_same_bits(ranks, tmp_path, kind):
     for result in ranks("trainer_resume", folder=str(tmp_path), kind=kind, **SKETCH):
         assert result["same bits"]
         assert result["losses"][-1] < result["losses"][0]
+        assert not result["warned"]  # nothing is left out of the optimizer, and its state was loaded
 
 
 # ------------------------------------------------------------------------------------------------------ recipe

@@ -1,4 +1,4 @@
-"""SGC in TRL's SFTTrainer: packing, a peft_config, the callback, resume."""
+"""SGC in TRL's trainers: packing, a peft_config, the callback, resume, and the lines of the page."""
 
 import math
 import re
@@ -14,12 +14,12 @@ import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sgc.hf import SGCCallback, SGCFactory, find_sgc
+from sgc.hf import SGCCallback, SGCFactory, create_sgc_optimizer, find_sgc
 from tests.tiny import bits, differing, losses
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA = ROOT / "recipes" / "assets" / "tiny-llama"
-pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # trl's own
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # trl's own
 
 LORA = {"task_type": "CAUSAL_LM", "r": 8, "target_modules": "all-linear"}
 
@@ -109,14 +109,69 @@ def test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one(tmp_path):
     assert not differing(bits(whole.model), bits(again.model))
 
 
-def test_the_lines_of_the_page_train(tmp_path):
-    page = (ROOT / "docs" / "integrations.md").read_text()
+def pairs(*columns, **more):
+    """Rows of preferences, of which a trainer takes some columns."""
+    row = {"prompt": "the number is", "chosen": " not seven, said he", "rejected": " four", "completion": " four"}
+    return Dataset.from_list([{name: row[name] for name in columns} | more | {"n": n} for n in range(8)])
+
+
+def reward(completions, **columns):
+    """Prefer even lengths: two completions of a prompt seldom have the same."""
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+
+
+GENERATION = {"num_generations": 2, "max_completion_length": 8, "per_device_train_batch_size": 4}
+PAGE = {  # by trainer: its arguments and its data
+    "SFTTrainer": (trl.SFTConfig, {"max_length": 128, "packing": True}, texts),
+    "DPOTrainer": (trl.DPOConfig, {}, lambda: pairs("prompt", "chosen", "rejected")),
+    "KTOTrainer": (trl.KTOConfig, {}, lambda: pairs("prompt", "completion", label=True)),
+    "GRPOTrainer": (trl.GRPOConfig, GENERATION, lambda: pairs("prompt")),
+    "RLOOTrainer": (trl.RLOOConfig, GENERATION, lambda: pairs("prompt")),
+}
+
+
+def blocks():
+    """Give the blocks of the page that name this test, by trainer."""
     marker = re.escape("<!-- tested: tests/test_trl.py::test_the_lines_of_the_page_train -->")
-    (code,) = re.findall(rf"^{marker}\n```python\n(.*?)^```$", page, re.M | re.S)
+    page = (ROOT / "docs" / "integrations.md").read_text()
+    found = re.findall(rf"^{marker}\n```python\n(.*?)^```$", page, re.M | re.S)
+    return {re.search(r"^trainer = (\w+)", code, re.M)[1]: code for code in found}
+
+
+def test_the_page_shows_every_trainer():
+    assert blocks().keys() == PAGE.keys()
+
+
+@pytest.mark.parametrize("kind", list(PAGE))
+def test_the_lines_of_the_page_train(tmp_path, kind):
+    config, more, data = PAGE[kind]
     fixed = {"use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False, "report_to": "none"}
-    args = trl.SFTConfig(output_dir=str(tmp_path), max_length=128, packing=True, max_steps=2, **fixed)
+    fixed |= {"bf16": False, "learning_rate": 3e-4, "weight_decay": 0.1, "lr_scheduler_type": "constant"}
+    args = config(output_dir=str(tmp_path), max_steps=2, save_strategy="no", **(fixed | more))
     tokenizer = AutoTokenizer.from_pretrained(LLAMA)
-    names = {"model": model(), "args": args, "dataset": texts(), "tokenizer": tokenizer}
-    exec(compile(code, "docs/integrations.md", "exec"), names)
-    assert find_sgc(names["trainer"].optimizer) is not None
-    assert names["trainer"].state.global_step == 2
+    names = {"model": model(), "args": args, "dataset": data(), "tokenizer": tokenizer, "reward": reward}
+    exec(compile(blocks()[kind], "docs/integrations.md", "exec"), names)
+    run = names["trainer"]
+    trained = {name: param for name, param in run.model.named_parameters() if param.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    assert {name for group in find_sgc(run.optimizer).param_groups for name in group["param_names"]} == trained.keys()
+    assert any(param.any() for name, param in trained.items() if "lora_B" in name)  # they begin with zeros
+    lr = 1e-3 if kind == "SFTTrainer" else 3e-4  # its own, or the Trainer's
+    assert {group["lr"] for group in find_sgc(run.optimizer).param_groups} == {lr}
+
+
+def test_an_optimizer_made_before_the_adapters_is_refused(tmp_path):
+    fixed = {"use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False, "report_to": "none"}
+    whole = model()
+    run = trl.DPOTrainer(
+        whole,
+        args=trl.DPOConfig(output_dir=str(tmp_path), max_steps=1, bf16=False, **fixed),
+        train_dataset=pairs("prompt", "chosen", "rejected"),
+        processing_class=AutoTokenizer.from_pretrained(LLAMA),
+        peft_config=peft.LoraConfig(**LORA),
+        optimizers=(create_sgc_optimizer(whole, lr=1e-3), None),
+        callbacks=[SGCCallback()],
+    )
+    with pytest.raises(RuntimeError, match=r"peft_config.*write: trainer.optimizer_cls_and_kwargs = \(SGCFactory"):
+        run.train()

@@ -134,6 +134,8 @@ def together(stage, first, last, *, load=None, save=None, poison=None, micro=1, 
         poison: (step, name): rank 1's gradient of this parameter is not finite there.
     """
     accelerator, engine, optimizer, sgc = prepare(stage, micro=micro, **options)
+    from sgc.hf import left_out  # after DeepSpeed, which transformers looks for
+
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     poisoned = []
     if poison is not None and rank == 1:
@@ -165,6 +167,7 @@ def together(stage, first, last, *, load=None, save=None, poison=None, micro=1, 
             "losses": losses,
             "stats": sgc.stats(),
             "changed": changed if poison is not None else None,
+            "left out": left_out(sgc, engine.module),
             "names": sorted({name.partition(".")[2] for held in sgc.state.values() for name in held}),
         }
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import warnings
@@ -488,20 +489,25 @@ def trainer_resume(folder, kind, **options):
     begin_accelerate()
     from sgc.hf import find_sgc
 
-    runs = []
+    runs, warned = [], []
+    logging.getLogger("sgc").addFilter(lambda record: warned.append(record.getMessage()) is None)
     for checkpoint in (None, "checkpoint-3"):
         trainer = trainer_of(folder, kind, options)
         trainer.train(resume_from_checkpoint=checkpoint and str(Path(folder) / checkpoint))
         runs.append((trainer.model, find_sgc(trainer.optimizer), trainer))
     (whole, whole_optimizer, trainer), (resumed, resumed_optimizer, _) = runs
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"same bits": same_bits((whole, whole_optimizer), (resumed, resumed_optimizer)), "losses": losses}
+    return {
+        "same bits": same_bits((whole, whole_optimizer), (resumed, resumed_optimizer)),
+        "losses": losses,
+        "warned": warned,
+    }
 
 
 def trainer_of(folder, kind, options):
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
-    from sgc.hf import SGCFactory
+    from sgc.hf import SGCCallback, SGCFactory
 
     set_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -525,4 +531,5 @@ def trainer_of(folder, kind, options):
         arguments,
         train_dataset=[{"input_ids": row, "labels": row} for row in rows],
         optimizer_cls_and_kwargs=(SGCFactory, kwargs),
+        callbacks=[SGCCallback()],
     )
