@@ -574,7 +574,7 @@ def left_out(optimizer: SGC, model: nn.Module) -> list[str]:
         RuntimeError: it holds none of them.
     """
     trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    given = {id(param) for known in optimizer._given if (param := known()) is not None}
+    given = {id(param) for params in optimizer._given for param in params}
     held = {id(param) for group in optimizer.param_groups for param in group["params"]}
     missing = [name for name, param in trained.items() if id(param) not in given | held]
     if len(missing) < len(trained):
@@ -600,7 +600,8 @@ def _say_left_out(names: list[str]) -> None:
 def _say_unloaded(optimizer: SGC, state: TrainerState) -> None:
     """Say that a run goes on from a checkpoint of which the optimizer has loaded nothing."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    if not params or not all(hasattr(param, "to_local") or id(param) in optimizer._given_by_id for param in params):
+    given = {id(param) for params in optimizer._given for param in params}
+    if not params or not all(hasattr(param, "to_local") or id(param) in given for param in params):
         return  # DeepSpeed loads its partitions by itself, and warns of what is missing
     counted = any(group["steps"] for group in optimizer.param_groups) and not optimizer._steps  # since it was loaded
     if state.global_step and not counted:

@@ -473,7 +473,9 @@ def left_on(model):
 EVENTS = ["on_step_begin", "forward", "on_log"]
 
 
-@pytest.mark.parametrize(("another", "error"), [(False, KeyboardInterrupt()), (True, MemoryError())], ids=str)
+@pytest.mark.parametrize(
+    ("another", "error"), [(False, KeyboardInterrupt()), (True, MemoryError())], ids=["same", "another"]
+)
 def test_a_run_that_fails_leaves_nothing_on_the_model_wherever_it_fails(tmp_path, another, error):
     model = llama()
     model.__class__ = Failing
