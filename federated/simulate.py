@@ -93,6 +93,8 @@ class Simulation:
     ) -> None:
         tensors = [torch.as_tensor(part) for part in parts]
         _check(data, tensors)
+        if test is not None and "labels" not in test:
+            raise ValueError(f"the test data need a column 'labels', got {', '.join(test)}")
         positive("server_lr", server_lr)
         share("server_momentum", server_momentum)
         asked = chosen("asked", asked, len(tensors), whole_of="num_devices")

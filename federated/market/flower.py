@@ -101,8 +101,9 @@ def ask(
         timeout: seconds to wait for them, and then for their answers.
 
     Returns:
-        The answers, and by node what it said instead: a seller's refusal, or what is wrong with its answer. Who did not
-        answer in time is in neither. Nodes that answer in one name are all refused, since nobody knows whose it is.
+        The answers, and by node what it said instead: a seller's refusal, its error, or what is wrong with its answer.
+        Who did not answer in time is in neither. Nodes that answer in one name are all refused, since nobody knows
+        whose it is.
 
     Raises:
         RuntimeError: fewer sellers came in time.
@@ -115,7 +116,7 @@ def ask(
     for reply in replies:
         node = reply.metadata.src_node_id
         if not reply.has_content():
-            refusals[node] = "it failed"
+            refusals[node] = f"it failed: {_plain(reply.error.reason or 'for no reason that it gives')}"
             continue
         try:
             record = reply.content["answer"]

@@ -28,6 +28,7 @@ from federated import partition
 from federated.channel import Channel, MultipleAccess
 from federated.device import Batch, LocalTraining
 from federated.downlink import AnalogDownlink, Downlink, IdealDownlink, SelectionDownlink
+from federated.files import check_folder
 from federated.flower import Device, RadioStrategy, arrays, client_app, tensor_of
 from federated.metrics import evaluate
 from federated.models import make_model
@@ -94,6 +95,8 @@ server = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the rounds, and write what they gave."""
     config = context.run_config
+    if config["output"]:
+        check_folder(Path(str(config["output"])), "output")
     devices, lines = int(config["devices"]), []
     downlink, uplink = links(str(config["scheme"]), float(config["snr-db"]), devices)
     train, (_, test) = training(config), digits()
@@ -107,7 +110,7 @@ def main(grid: Grid, context: Context) -> None:
         downlink=downlink,
         uplink=uplink,
         seed=int(config["seed"]),
-        on_round=lambda number, metrics: lines.append({"round": number, **metrics}),
+        on_round=lambda number, metrics: lines.append({"round": number, **metrics, "left_out": strategy.left_out}),
     )
     start = arrays(theta=train.flat.read(train.model))
     result = strategy.start(grid, start, num_rounds=int(config["rounds"]), evaluate_fn=judge)

@@ -97,7 +97,11 @@ def harms_to_read(folder):
         content = path.read_bytes()
         cut = len(content) // 2 if path.suffix == ".safetensors" else len(content)
         (folder / "a cut model" / path.name).write_bytes(content[:cut])
+    (folder / "idx garbage").mkdir()
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte"):
+        (folder / "idx garbage" / name).write_bytes(GARBAGE)
     yield from (folder / "an empty folder", folder / "a folder of garbage", folder / "a cut model")
+    yield folder / "idx garbage"
     yield from (folder / "a file" / "below.jsonl", folder / ("x" * 300 + ".jsonl"), folder / "zero\0byte")
     for ending in ENDINGS:
         yield folder / f"nowhere{ending}"

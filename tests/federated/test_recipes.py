@@ -147,6 +147,22 @@ def test_pictures_are_opened_as_datasets_opens_them(make, tmp_path):
     assert len(config["id2label"]) == 4
 
 
+@pytest.mark.parametrize("ending", ["parquet", "jsonl", "csv"])
+def test_a_plain_file_is_opened_and_a_part_of_it_held_out(ending, tmp_path, capsys):
+    rows = rows_of_pictures(60)
+    if ending != "parquet":
+        rows["image"] = [f"picture {i}" for i in range(60)]
+    path = tmp_path / f"rows.{ending}"
+    getattr(Dataset.from_dict(rows), f"to_{ending.removesuffix('l')}")(path)
+    arguments = ["--dataset", str(path), "--devices", "4", "--rounds", "1", "--output_dir", str(tmp_path / "out")]
+    assert mnist.main(arguments) == (0 if ending == "parquet" else 2)
+    said = capsys.readouterr()
+    assert f"'{path}' has no test split, 12 of its rows are held out" in said.out + said.err
+    if ending != "parquet":
+        assert f"'{path}' holds no pictures; for texts name a model with --model_name_or_path" in said.err
+        assert "can't be opened" not in said.err
+
+
 def test_texts_are_opened_with_any_classifier(tmp_path, monkeypatch):
     """By column, too: who spoke decides who holds a row."""
     monkeypatch.setattr(mnist, "MOST_TOKENS", 8)

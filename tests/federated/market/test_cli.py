@@ -221,3 +221,43 @@ def test_pictures_in_folders_by_class_need_no_column(market: Path, capsys: pytes
     assert main(["query", "buyer", *options, "--directions", "3", "--decoys", "3", "--query", "q", "--key", "k"]) == 0
     assert main(["answer", "q", "seller", *options, "--name", "s", "--out", "s.json"]) == 0
     assert main(["rank", "--key", "k", "s.json"]) == 0
+
+
+def test_memory_mapped_vectors_are_cached(market: Path) -> None:
+    common = ["query", "buyer.npy", "--encoder", "vectors"]
+    for number in (1, 2):  # the second time they are there
+        assert main([*common, "--query", f"q{number}", "--key", f"k{number}", "--cache", "cache"]) == 0
+    assert len(list((market / "cache").rglob("*.safetensors"))) == 1
+    assert {(market / name).stat().st_size for name in ("q1", "q2")} == {(market / "query.safetensors").stat().st_size}
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_beside_a_model_runs_when_that_was_asked_for_and_never_for_an_answer_on_stdin(
+    market: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, trusted: bool
+) -> None:
+    (market / "model").mkdir()
+    configuration = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModel": "own.Model"}}
+    (market / "model" / "config.json").write_text(json.dumps(configuration))
+    (market / "model" / "own.py").write_text("raise ValueError('the code runs')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question on stdin"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(market / "modules"))
+    capsys.readouterr()
+    command = ["query", "buyer.npy", "--encoder", "model", *["--trust_remote_code"][: int(trusted)]]
+    assert main(command) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert ("the code runs" in said.err) == trusted
+    assert ("custom code" in said.err and "--trust_remote_code runs it" in said.err) == (not trusted)
+
+
+def test_stopped_by_hand_it_says_that_nothing_is_written(
+    market: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("federated.market.cli.open_rows", stop)
+    assert main(["query", "buyer.npy", "--encoder", "vectors", "--query", "q", "--key", "k"]) == 130
+    assert "stopped, nothing is written" in capsys.readouterr().err
+    assert not (market / "q").exists()

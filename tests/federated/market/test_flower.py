@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("flwr.app", reason="Flower needs Python 3.11")
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
@@ -143,3 +143,14 @@ def test_bytes_that_are_no_query_are_refused_by_the_seller() -> None:
     responses, refusals = flower.ask(Garbled([app(seller("a", rows(300, 2)))]), query)
     assert responses == []
     assert "no safetensors file" in refusals[100]
+
+
+def test_an_error_on_a_sellers_node_is_passed_on_with_its_reason() -> None:
+    class Failing(LocalGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            return [Message(Error(2, "KeyError: \x1b[31m'rows'"), reply_to=message) for message in messages]
+
+    query = make_query(rows(100, 0), ENCODER, directions=4, decoys=3)[0]
+    responses, refusals = flower.ask(Failing([app(seller("a", rows(300, 2)))]), query)
+    assert responses == []
+    assert refusals == {100: "it failed: KeyError: ?[31m'rows'"}
