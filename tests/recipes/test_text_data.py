@@ -6,6 +6,8 @@ import json
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from text_data import (
     IGNORE,
@@ -316,6 +318,41 @@ def test_what_is_no_class_is_refused_with_the_column_and_the_value(labels):
     rows = Dataset.from_list([{"label": label} for label in labels], on_mixed_types="use_json")
     with pytest.raises(ValueError, match="column 'label' must hold (whole numbers or names|two classes or more), got"):
         label_names(rows, rows, "label")
+
+
+CELL = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "a", "b", "1"]),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["type", "text", "a"]), inner, max_size=2)
+    ),
+    max_leaves=3,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(st.fixed_dictionaries({"text": CELL, "label": CELL}), min_size=2, max_size=6)
+    | st.lists(
+        st.fixed_dictionaries({"text": CELL, "label": st.sampled_from([0, 2, 5.0, "a"])}), min_size=2, max_size=6
+    ),
+)
+def test_whatever_cells_hold_is_classes_or_a_sentence_or_counted(tmp_path, tokenizer, rows):
+    path, notes = written(tmp_path / "rows.jsonl", rows), Notes()
+    try:
+        train, test = split(path, None, config=None, eval_fraction=0.5, seed=0, notes=notes)
+        layout = find_layout(train.column_names, {}, "auto")
+        names = label_names(train, test, "label")
+        common = {"names": names, "max_length": 99, "notes": notes}
+        found = [e for part in (train, test) for e in classification_examples(part, layout, tokenizer, **common)]
+    except ValueError as error:
+        said = str(error)
+        found = []
+    else:
+        said = ""
+        left_out = sum(count for what, count in notes.counts.items() if "left out" in what)
+        assert len(found) + left_out == len(rows)
+    assert "\n" not in said
+    assert said or all(0 <= e["labels"] < len(names) for e in found)
 
 
 ALPACA = [{"instruction": f"say {i}", "output": str(i)} for i in range(4)]
