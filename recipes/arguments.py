@@ -20,8 +20,9 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import torch
 import yaml
 from huggingface_hub import HfApi
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from checkpoints import CheckpointError, check_checkpoint, read_state, sort_whole, step_of
@@ -48,6 +49,7 @@ AT_LEAST_ONE = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
+    "eval_accumulation_steps",
     "lora_r",
     "max_train_samples",
     "max_eval_samples",
@@ -384,6 +386,7 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: FinetuneAr
     check_numbers(model_args)
     check_numbers(data_args)
     check_rates(args, runs)
+    check_schedule(args)
     check_reports(args)
     output = Path(args.output_dir)
     for run in runs:
@@ -429,6 +432,25 @@ def check_rates(args: FinetuneArguments, runs: list[Run]) -> None:
             SGC([torch.nn.Parameter(torch.zeros(2, 2))], lr=run.learning_rate, **shared)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{error} (of {given})") from None
+
+
+def check_schedule(args: FinetuneArguments) -> None:
+    """Let transformers make the learning rate's schedule and read what it takes as JSON, which it would do late.
+
+    Raises:
+        ValueError: a sentence with the rule and the value.
+    """
+    for name, value in vars(args).items():
+        if name.endswith("_kwargs") and not isinstance(value, dict | None):
+            raise ValueError(f"--{name} must be a JSON object, got '{value}'")
+    options = args.lr_scheduler_kwargs
+    try:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+        get_scheduler(args.lr_scheduler_type, optimizer, 0, 10, scheduler_specific_kwargs=options)
+    except Exception as error:  # each schedule raises errors of its own for what it can't take
+        raise ValueError(
+            f"--lr_scheduler_type {SchedulerType(args.lr_scheduler_type).value} with {options}: {sentence(error)}"
+        ) from None
 
 
 def check_reports(args: FinetuneArguments) -> None:

@@ -498,7 +498,7 @@ def train(
         "seconds": output.metrics["train_runtime"],
         "memory": {
             "weights": report.tensor_bytes(model.parameters()),
-            "gradients": held.gradients,
+            "gradients": None if trainer.is_deepspeed_enabled else held.gradients,  # DeepSpeed keeps them to itself
             "optimizer_state": sum(gather_object([state])) if engine else state,  # each process has a part
             "adamw_state": report.ADAMW_BYTES_PER_PARAMETER * count,
         },

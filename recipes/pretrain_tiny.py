@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from federated.files import check_folder
 from word_tasks import statements
 
 ASSETS = Path(__file__).resolve().parent / "assets" / "tiny-llama"
@@ -113,6 +114,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="three small steps")
     args = parser.parse_args()
+    try:
+        check_folder(args.output_dir, "--output_dir")
+    except ValueError as error:
+        parser.error(str(error))
     if args.smoke:
         args.steps, args.batch_size = 3, 2
 

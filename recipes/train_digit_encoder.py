@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers import ResNetConfig, ResNetForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from federated.files import check_folder
+
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE / "assets" / "digit-encoder"
 HELD_OUT = 297
@@ -78,6 +80,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     parser.add_argument("--output_dir", type=Path, default=OUTPUT, help="(default %(default)s)")
     args = parser.parse_args(argv)
+    try:
+        check_folder(args.output_dir, "--output_dir")
+    except ValueError as error:
+        parser.error(str(error))
     model, accuracy = train(args.steps, args.seed)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     model.resnet.save_pretrained(args.output_dir)

@@ -130,6 +130,11 @@ def test_gradient_checkpointing_is_understood_by_its_old_name():
         (["--dtype", "float8"], "--dtype must be auto, float32, bfloat16 or float16, got 'float8'"),
         (["--max_train_samples", "0"], "--max_train_samples must be 1 or more, got 0"),
         (["none.yaml"], "'none.yaml' does not exist"),
+        (["--lr_scheduler_kwargs", "fast"], "--lr_scheduler_kwargs must be a JSON object, got 'fast'"),
+        (["--lr_scheduler_kwargs", '{"speed": 1}'], "--lr_scheduler_type cosine with {'speed': 1}: .*'speed'"),
+        (["--eval_dataset", "a.json"], "--eval_dataset must go with --dataset, got 'a.json' alone"),
+        (["--fsdp_config", "a.json"], "--fsdp_config must go with --fsdp, got 'a.json' alone"),
+        (["--eval_accumulation_steps", "0"], "--eval_accumulation_steps must be 1 or more, got 0"),
         (["--resume_from_checkpoint", "/no/such"], "no whole checkpoint to resume from in '/no/such'"),
     ],
 )

@@ -1,7 +1,10 @@
 """The whole command: it runs, its files open, it can be stopped and goes on bit for bit."""
 
+import ast
+import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +17,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import arguments
 import finetune
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,6 +116,110 @@ def test_signals_within_two_seconds_are_one_and_a_later_one_ends_the_run_at_once
     finally:
         stop.restore()
         signal.signal(signal.SIGINT, inherited)
+
+
+def test_a_finished_run_that_is_asked_to_go_on_leaves_its_models_as_they_are(smoke, tmp_path, capsys):
+    folder = tmp_path / "again"
+    shutil.copytree(smoke, folder)
+    models = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
+    command = ["--smoke", "--compare", "adamw", "--output_dir", str(folder), "--resume_from_checkpoint"]
+    finetune.fine_tune([*command, "--disable_tqdm", "true"])
+    assert len(models) == 3  # the model, and a checkpoint of each run
+    assert {path: path.read_bytes() for path in folder.rglob("*.safetensors")} == models
+    for before, after in zip(results(smoke)["runs"], results(folder)["runs"], strict=True):
+        assert (after["after"], after["steps"]) == (before["after"], before["steps"])
+        assert after["memory"] == before["memory"] | {"gradients": None}  # no step was taken
+    assert "goes on from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["save", "judge", "answers", "show"])
+def test_a_signal_after_the_last_step_loses_no_model(tmp_path, monkeypatch, capsys, moment, number):
+    original = getattr(finetune, moment)
+
+    def interrupted(job, trainer, *args):
+        if moment == "show" or trainer.state.global_step > 0:
+            signal.raise_signal(number)
+        return original(job, trainer, *args)
+
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
+    monkeypatch.setattr(finetune, moment, interrupted)
+    options = [*QUICK, "--generate_samples", "4", "--max_steps", "2", "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *options, "--disable_tqdm", "true"])
+    try:
+        with pytest.raises(SystemExit) as stop:
+            finetune.main()
+    finally:
+        signal.signal(signal.SIGINT, inherited)
+    assert stop.value.code == 128 + number
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith(f"interrupted: the model of sgc is saved in {tmp_path / 'out'}; ")
+    assert f"{tmp_path / 'out' / 'checkpoint-2'} is a whole checkpoint; the same command with --resume" in last
+    saved, checkpoint = tmp_path / "out", tmp_path / "out" / "checkpoint-2"
+    assert (saved / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
+    assert (saved / "results.json").exists() == (moment == "show")
+    assert not (saved / ".model").exists()
+
+
+def test_what_the_checkpoint_decides_is_said_or_refused(smoke, tmp_path, capsys):
+    shutil.copytree(smoke, tmp_path / "out")
+    command = ["--smoke", "--output_dir", str(tmp_path / "out"), "--resume_from_checkpoint", "--disable_tqdm", "true"]
+    with pytest.raises(ValueError, match="was made with weights in float32, got bfloat16: --dtype"):
+        finetune.fine_tune([*command, "--dtype", "bfloat16"])
+    finetune.fine_tune([*command, "--learning_rate", "3e-4"])
+    said = capsys.readouterr().out
+    assert "note: it goes on at the learning rate of the checkpoint, 0.001, not at 0.0003" in said
+
+
+def model_with_code(folder):
+    """Make a model whose config names Python code, which leaves a file when it runs."""
+    shutil.copytree(arguments.TINY_LLAMA, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        f"from pathlib import Path\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"Path({str(folder / 'ran')!r}).touch()\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    return ["--model_name_or_path", str(folder), *QUICK, "--max_steps", "1", "--output_dir", str(folder / "out")]
+
+
+def test_code_that_comes_with_a_model_runs_only_where_it_is_trusted(tmp_path, monkeypatch):
+    command = model_with_code(tmp_path / "model")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(ValueError, match="model '.*' can't be opened: .*code.*; --trust_remote_code runs it"):
+        finetune.fine_tune(command)
+    assert not (tmp_path / "model" / "ran").exists()
+    assert sys.stdin.read() == "y\n" * 9
+    finetune.fine_tune([*command, "--trust_remote_code"])
+    assert (tmp_path / "model" / "ran").exists()
+
+
+def test_every_model_and_tokenizer_is_opened_with_a_word_on_its_code():
+    silent = []
+    for path in (ROOT / "recipes").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            opens = isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("from_pretrained", "from_config")
+            if opens and not {"trust_remote_code", None} & {keyword.arg for keyword in node.keywords}:
+                silent.append(f"{path.name}:{node.lineno}")
+    assert silent == []
+
+
+def test_a_pickle_in_the_place_of_weights_is_not_executed(tmp_path):
+    class Touch:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    ignore = shutil.ignore_patterns("model.safetensors")
+    shutil.copytree(arguments.TINY_LLAMA, tmp_path / "model", ignore=ignore)
+    torch.save(Touch(), tmp_path / "model" / "pytorch_model.bin")
+    common = ["--model_name_or_path", str(tmp_path / "model"), *QUICK, "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="model '.*' can't be opened"):
+        finetune.fine_tune(common)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_sgc_says_what_it_held_and_a_comparison_does_not(smoke):
@@ -273,6 +381,10 @@ def test_help_shows_the_command_first_and_every_argument(monkeypatch, capsys):
         (["--max_length", "100000"], r"max_length must be in \[8, 256\], the model's context, got 100000"),
         (["--metric", "bleurgh"], "there is no metric 'bleurgh'; recipes/metrics has accuracy, exact_match"),
         (["--eval_fraction", "1.5"], r"eval_fraction must be in \(0, 1\), got 1.5"),
+        (
+            ["--metric_for_best_model", "accuracy", "--eval_strategy", "steps"],
+            "--metric_for_best_model must be one of loss, token_accuracy, got 'accuracy'",
+        ),
     ],
 )
 def test_what_only_the_data_shows_is_refused_with_a_sentence_too(tmp_path, options, sentence):
@@ -291,26 +403,45 @@ def test_plain_text_is_learnt_in_packs(tmp_path):
     assert found["runs"][0]["after"]["loss"] < found["before"]["loss"]
 
 
-def test_an_encoder_learns_to_classify_pairs(tmp_path, tokenizer):
+def encoder_and_pairs(folder, tokenizer):
+    """Make a small BERT of two classes and pairs of three, and return the arguments that name them."""
     from transformers import BertConfig, BertForSequenceClassification
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
     BertForSequenceClassification(
         BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)
-    ).save_pretrained(tmp_path / "bert")
+    ).save_pretrained(folder / "bert")
     tokenizer.model_max_length = 64
-    tokenizer.save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(folder / "bert")
     rows = [
         {"sentence1": "abc"[i % 3] * 5, "sentence2": str(i), "label": ["low", "mid", "high"][i % 3]} for i in range(300)
     ]
+    return ["--model_name_or_path", str(folder / "bert"), "--dataset", rows_file(folder, rows)]
+
+
+def test_an_encoder_learns_to_classify_pairs(tmp_path, tokenizer):
+    common = encoder_and_pairs(tmp_path, tokenizer)
     options = ["--max_steps", "60", "--learning_rate", "5e-3", "--per_device_train_batch_size", "16"]
-    common = ["--model_name_or_path", str(tmp_path / "bert"), "--dataset", rows_file(tmp_path, rows)]
     finetune.fine_tune([*common, "--output_dir", str(tmp_path / "out"), *options])
     found = results(tmp_path / "out")
     assert found["runs"][0]["after"]["accuracy"] > 0.9 > found["before"]["accuracy"]
     opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert opened.config.id2label == {0: "high", 1: "low", 2: "mid"}
+
+
+def test_a_classifier_of_adapters_keeps_the_names_of_its_classes(tmp_path, tokenizer):
+    from peft import AutoPeftModelForSequenceClassification
+
+    common = encoder_and_pairs(tmp_path, tokenizer)
+    finetune.fine_tune([*common, "--lora", "--max_steps", "1", "--output_dir", str(tmp_path / "out")])
+    names = json.loads((tmp_path / "out" / "classes.json").read_text())["id2label"]
+    assert names == {"0": "high", "1": "low", "2": "mid"}
+    own = {"num_labels": len(names), "ignore_mismatched_sizes": True}  # the base has a head of two classes
+    opened = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "out", **own)
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    head = opened.state_dict()["base_model.model.classifier.modules_to_save.default.weight"]
+    assert torch.equal(head, saved["base_model.model.classifier.weight"])
 
 
 # peft asks transformers for names that will go
@@ -325,11 +456,7 @@ def test_adapters_learn_on_weights_of_four_bits_after_an_evaluation(tmp_path):
 
 
 def test_a_tokenizer_without_pad_token_or_chat_template_is_served_aloud(tmp_path, tokenizer, capsys):
-    import shutil
-
-    from arguments import TINY_LLAMA
-
-    shutil.copytree(TINY_LLAMA, tmp_path / "bare", ignore=shutil.ignore_patterns("*.jinja"))
+    shutil.copytree(arguments.TINY_LLAMA, tmp_path / "bare", ignore=shutil.ignore_patterns("*.jinja"))
     tokenizer.chat_template = tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path / "bare")
     options = ["--model_name_or_path", str(tmp_path / "bare"), "--smoke", "--output_dir", str(tmp_path / "out")]

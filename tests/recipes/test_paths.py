@@ -1,6 +1,7 @@
 """Every argument that may name a file: whatever it names, it is taken or refused in one sentence, before training."""
 
 import dataclasses
+import importlib
 import sys
 from typing import get_args, get_type_hints
 
@@ -121,3 +122,18 @@ def test_the_list_of_text_arguments_is_the_parsers():
     texts = {action.dest for action in parser._actions if action.type is str and not action.choices}
     assert texts <= set(TEXTS)
     assert {name for name in READ if not hasattr(arguments, name)} <= set(TEXTS)
+
+
+@pytest.mark.parametrize("module", ["pretrain_tiny", "train_digit_encoder"])
+@pytest.mark.parametrize("kind", ["no text", "below a file", "too long"])
+def test_where_a_command_can_not_write_it_says_so_before_any_work(tmp_path, monkeypatch, capsys, module, kind):
+    command = importlib.import_module(module)
+    for name in ("make_model", "train"):
+        monkeypatch.setattr(command, name, None, raising=False)  # whoever works, fails
+    value = hostile(tmp_path)[kind]
+    monkeypatch.setattr(sys, "argv", [f"{module}.py", "--output_dir", value])
+    with pytest.raises(SystemExit) as stop:
+        command.main()
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"{module}.py: error: --output_dir must be a ")

@@ -1,9 +1,12 @@
 """Bytes are those really held, and files are written whole or not at all."""
 
 import json
+import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import report
 
@@ -53,6 +56,36 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         report.write_json(path, {(1, 2): 3})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+NUMBERS = st.floats() | st.integers() | st.booleans() | st.none() | st.text()
+
+
+NESTED = st.recursive(NUMBERS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
+
+
+@settings(max_examples=20)
+@given(st.dictionaries(st.text(), NESTED, max_size=3))
+def test_whatever_is_written_is_json_and_finite_numbers_come_back(tmp_path_factory, content):
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    def same(left, right):
+        if isinstance(left, dict):
+            return left.keys() == right.keys() and all(same(left[name], right[name]) for name in left)
+        if isinstance(left, list):
+            return len(left) == len(right) and all(map(same, left, right))
+        return right is None if isinstance(left, float) and not math.isfinite(left) else left == right
+
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    report.write_json(path, content)
+    assert same(content, json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse))
+
+
+def test_what_was_not_measured_is_a_dash():
+    memory = {"weights": 4_000_000, "gradients": None, "optimizer_state": 1_000_000, "adamw_state": 8_000_000}
+    run = {"name": "sgc", "after": {"loss": 0.5}, "steps": 10, "seconds": 3.2, "memory": memory}
+    assert "4.00 MB          –          1.00 MB" in report.report({"before": {}, "runs": [run]})
 
 
 def test_the_tables_hold_every_run_and_its_share_of_adamws_state():
