@@ -44,6 +44,17 @@ def share(name: str, value: Any, *, least: bool = True, most: bool = False) -> f
     return found
 
 
+def instance(name: str, value: Any, kind: type) -> Any:
+    """Return what is of a class.
+
+    Raises:
+        TypeError: it is of another.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {shown(value)}")
+    return value
+
+
 def chosen(name: str, value: Any, most: int, *, whole_of: str) -> int | None:
     """Return how many of some are chosen, or None for all of them.
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
+from federated.arguments import instance
 from federated.draws import Draws
-from sgc.checks import flag, whole
+from sgc.checks import flag, shown, whole
 
 IGNORED = -100  # the label that Hugging Face losses leave out of the mean
 Batch = dict[str, Tensor]
@@ -129,6 +130,9 @@ class LocalTraining:
         object.__setattr__(self, "steps", whole("steps", self.steps, at_least=1))
         object.__setattr__(self, "batch_size", whole("batch_size", self.batch_size, at_least=1, optional=True))
         flag("batched", self.batched, optional=True)
+        if not callable(self.optimizer):
+            raise TypeError(f"optimizer must make an optimizer of some tensors, got {shown(self.optimizer)}")
+        instance("model", self.model, nn.Module)
         _ = self.flat  # refuses what can't be trained
 
     @functools.cached_property

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from federated.arguments import instance
 from federated.channel import Channel, energy, pack, unpack
 from federated.draws import Draws
 from federated.quantize import Quantized, quantize_within
@@ -117,7 +118,8 @@ class DigitalDownlink(Downlink):
     """
 
     def __init__(self, channel: Channel) -> None:
-        self.channel, self.symbols = channel, _budget(channel)
+        self.channel = instance("channel", channel, Channel)
+        self.symbols = _budget(channel)
 
     def memory_rows(self, num_devices: int) -> int:
         """One θ̂ for all."""
@@ -149,7 +151,7 @@ class AnalogDownlink(Downlink):
     """
 
     def __init__(self, channel: Channel) -> None:
-        self.channel = channel
+        self.channel = instance("channel", channel, Channel)
 
     def send(self, theta: Tensor, candidates: Tensor, num_devices: int, memory: Memory, draws: Draws) -> Reception:
         """Broadcast θ; see `Downlink.send`."""
@@ -198,7 +200,8 @@ class SelectionDownlink(Downlink):
     """
 
     def __init__(self, channel: Channel, participants: int) -> None:
-        self.channel, self.symbols = channel, _budget(channel)
+        self.channel = instance("channel", channel, Channel)
+        self.symbols = _budget(channel)
         self.participants: int = whole("participants", participants, at_least=1)
 
     def memory_rows(self, num_devices: int) -> int:

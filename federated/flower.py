@@ -42,7 +42,7 @@ try:
 except ImportError as error:
     raise ImportError("federated.flower needs Flower: pip install 'sgc[federated]' on Python 3.11 or newer") from error
 
-from federated.arguments import chosen, positive, share
+from federated.arguments import chosen, instance, positive, share
 from federated.device import Batch, LocalTraining, draw_batches
 from federated.downlink import Downlink, IdealDownlink, Memory, Reception
 from federated.draws import Draws
@@ -322,7 +322,8 @@ class RadioStrategy(Strategy):
         self.asked = chosen("asked", asked, self.num_devices, whole_of="num_devices")
         self.seed: int = whole("seed", seed, at_least=0)
         self.timeout = positive("timeout", timeout)
-        self.downlink, self.uplink = downlink or IdealDownlink(), uplink or IdealUplink()
+        self.downlink = IdealDownlink() if downlink is None else instance("downlink", downlink, Downlink)
+        self.uplink = IdealUplink() if uplink is None else instance("uplink", uplink, Uplink)
         self.server_lr, self.server_momentum = (
             positive("server_lr", server_lr),
             share("server_momentum", server_momentum),

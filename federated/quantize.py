@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sgc.checks import whole
+
 SCALARS = 64  # bits for min|x| and max|x|
 MOST_BITS = 16  # a level's bits at most: beyond, fp32 itself is the limit
 _EXACT_BINOMIAL = 1 << 15  # vectors up to so long have their position bits counted in whole numbers
@@ -85,8 +87,7 @@ def quantize(x: Tensor, levels: int, generator: torch.Generator) -> Tensor:
     Raises:
         ValueError: q below 1.
     """
-    if levels < 1:
-        raise ValueError(f"levels must be at least 1, got {levels}")
+    whole("levels", levels, at_least=1)
     magnitude = x.abs()
     low, high = magnitude.min(), magnitude.max()
     if low == high:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from federated.arguments import chosen, positive, share
+from federated.arguments import chosen, instance, positive, share
 from federated.channel import Channel
 from federated.device import LocalTraining, saved_bytes
 from federated.downlink import Downlink, IdealDownlink, Memory
@@ -109,8 +109,9 @@ class Simulation:
         self._mapped: dict[str, Path] = {}
         self.number, self.skipped_in_a_row, self.ended = 0, 0, ""
         self._whole = True  # no round was left in the middle, with what is remembered half moved
-        flat = training.flat
-        downlink, uplink = downlink or IdealDownlink(), uplink or IdealUplink()
+        flat = instance("training", training, LocalTraining).flat
+        downlink = IdealDownlink() if downlink is None else instance("downlink", downlink, Downlink)
+        uplink = IdealUplink() if uplink is None else instance("uplink", uplink, Uplink)
         theta = flat.read(training.model)
         theta_hat = self._remember("theta_hat", downlink.memory_rows(len(parts)), flat.size)
         if theta_hat is not None:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from federated.arguments import chosen
+from federated.arguments import chosen, instance
 from federated.arguments import share as share_of_one
 from federated.channel import Channel, MultipleAccess, energy, pack, unpack
 from federated.downlink import Memory, Traffic, budgets, capacities, share
@@ -232,7 +232,7 @@ class QuantizedUplink(Uplink):
     def __init__(self, levels: int | None = None, channel: Channel | None = None) -> None:
         if (levels is None) == (channel is None):
             raise ValueError(f"give either levels or channel, got levels={levels!r} and channel={channel!r}")
-        if channel is not None and channel.ofdm_symbols is None:
+        if channel is not None and instance("channel", channel, Channel).ofdm_symbols is None:
             raise ValueError("a digital link needs a budget: set the channel's ofdm_symbols")
         self.levels: int | None = whole("levels", levels, at_least=1, optional=True)
         self.channel = channel
@@ -305,7 +305,7 @@ class AnalogUplink(Uplink):
     """
 
     def __init__(self, channel: MultipleAccess, threshold: float = 0.0) -> None:
-        if channel.antennas != 1:
+        if instance("channel", channel, MultipleAccess).antennas != 1:
             raise ValueError(f"channel inversion is for antennas=1, got {channel.antennas}")
         self.channel, self.threshold = channel, rate("threshold", threshold)
 
@@ -386,7 +386,7 @@ class BlindUplink(Uplink):
     """
 
     def __init__(self, channel: MultipleAccess) -> None:
-        if channel.fading == "none":
+        if instance("channel", channel, MultipleAccess).fading == "none":
             raise ValueError("the blind uplink needs gains that fade independently, got fading='none'")
         self.channel = channel
 
@@ -478,7 +478,7 @@ class SketchedUplink(Uplink):
         method: str = "omp",
         seed: int = 0,
     ) -> None:
-        if isinstance(over, QuantizedUplink | SketchedUplink):
+        if isinstance(instance("over", over, Uplink), QuantizedUplink | SketchedUplink):
             raise TypeError(f"sketches cross an uncoded link, got {type(over).__name__}")
         self.codec = Codec(chunk_size, sketch_size, sparsity, seed)
         self.projection = Projection(self.codec.sketch_size, self.codec.seed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import signal
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from federated.files import check_folder, rows_of
+from federated_runs import Stopped
 
 SEEDS = (0, 1, 2)
 LAST = 5  # evaluations whose mean is a run's accuracy
@@ -140,7 +142,11 @@ def sweep(args: argparse.Namespace, open_data: Callable[..., Any], simulation: C
         for cell in tqdm(SWEEPS[name](), desc=f"cells of {name}"):
             key = (args.dataset, key_of(cell))
             if key not in done:
-                done[key] = {"dataset": args.dataset, "cell": cell, **play(cell, args, data, simulation)}
+                try:
+                    done[key] = {"dataset": args.dataset, "cell": cell, **play(cell, args, data, simulation)}
+                except KeyboardInterrupt:
+                    kept = f"stopped; {len(done)} cells are in '{path}', and are not run again"
+                    raise Stopped(kept, signal.SIGINT) from None
                 with open(path, "a") as file:
                     file.write(json.dumps(done[key]) + "\n")
         draw(name, [done[args.dataset, key_of(cell)] for cell in SWEEPS[name]()], out / f"{name}.png")

@@ -21,9 +21,11 @@ except ImportError as error:
         "federated.market.flower needs Flower: pip install 'sgc[federated]' on Python 3.11 or newer"
     ) from error
 
+from federated.arguments import positive
 from federated.flower import wait_for_nodes
 from federated.market.privacy import Ledger, private_answer
 from federated.market.query import BuyerQuery, Encoder, SellerResponse, answer
+from sgc.checks import whole
 
 MOST_TEXT = 300  # characters of a refusal that are passed on
 
@@ -108,6 +110,7 @@ def ask(
     Raises:
         RuntimeError: fewer sellers came in time.
     """
+    sellers, timeout = whole("sellers", sellers, at_least=1), positive("timeout", timeout)
     nodes = wait_for_nodes(grid, sellers, "sellers", timeout)
     content = RecordDict({"query": ConfigRecord({"file": query.to_bytes()})})
     replies = grid.send_and_receive([Message(content, node, MessageType.QUERY) for node in nodes], timeout=timeout)

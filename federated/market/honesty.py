@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from federated.arguments import share
 from federated.market.privacy import gaussian_ratio, noise_scales
 from federated.market.query import BuyerKey, SellerResponse
 from federated.market.score import Moments
@@ -52,6 +53,7 @@ def audit(key: BuyerKey, response: SellerResponse, *, alpha: float = ALPHA) -> l
     Raises:
         ValueError: the response answers another query.
     """
+    share("alpha", alpha, least=False)
     moments = key.turned(response)
     return [_possible(key, moments, alpha, _noise(response)), _decoys(key, moments, alpha), _copy(key, moments, alpha)]
 
@@ -72,6 +74,7 @@ def audit_pair(
     Raises:
         ValueError: the two queries are not of one buyer's rows.
     """
+    share("alpha", alpha, least=False)
     (key, response), (other_key, other_response) = first, second
     k = key.directions
     if other_key.directions != k or not torch.allclose(

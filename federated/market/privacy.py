@@ -28,6 +28,7 @@ from federated.market.query import (
     Encoder,
     SellerResponse,
     _name,
+    _naming,
     _parse,
     _read,
     _write,
@@ -223,9 +224,11 @@ class Ledger:
     def _squares(self) -> float:
         if not self.path.exists():
             return 0.0
-        spent = _parse(_read(self.path, "ledger", 1 << 24), "ledger").get("ratios")
-        if not isinstance(spent, list) or not all(type(x) in (int, float) and 0 < x < math.inf for x in spent):
-            raise ValueError(f"the ledger '{self.path}' must hold a list 'ratios' of positive numbers")
+        data = _read(self.path, "ledger", 1 << 24)
+        with _naming(self.path):
+            spent = _parse(data, "ledger").get("ratios")
+            if not isinstance(spent, list) or not all(type(x) in (int, float) and 0 < x < 1e150 for x in spent):
+                raise ValueError("the ledger must hold a list 'ratios' of positive numbers")
         return float(sum(x * x for x in spent))
 
     def spent(self) -> float:

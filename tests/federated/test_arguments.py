@@ -6,6 +6,7 @@ What takes numbers is read from signatures and parsers, so the next argument is 
 import importlib
 import inspect
 import math
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -18,7 +19,7 @@ from datasets import Dataset
 from federated import partition
 from federated.channel import Channel, MultipleAccess
 from federated.device import LocalTraining
-from federated.downlink import SelectionDownlink
+from federated.downlink import AnalogDownlink, DigitalDownlink, SelectionDownlink
 from federated.market import cli
 from federated.market.features import ArrayFeatures, PixelFeatures
 from federated.market.privacy import Ledger, private_answer
@@ -28,7 +29,7 @@ from federated.market.score import score
 from federated.models import make_model
 from federated.server import Server
 from federated.simulate import Simulation
-from federated.uplink import AnalogUplink, IdealUplink, QuantizedUplink, SketchedUplink
+from federated.uplink import AnalogUplink, BlindUplink, IdealUplink, QuantizedUplink, SketchedUplink
 from tests.federated.small import SGD, small_data, small_model, small_parts, training
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
@@ -80,6 +81,39 @@ def numbers(taker):
         if kinds & {"int", "float"}:
             found[name] = ("int" in kinds, "None" in kinds)
     return found
+
+
+LINKS = {
+    "SelectionDownlink": ("channel",),
+    "QuantizedUplink of a channel": ("channel",),
+    "AnalogUplink": ("channel",),
+    "BlindUplink": ("channel",),
+    "SketchedUplink": ("over",),
+    "DigitalDownlink": ("channel",),
+    "AnalogDownlink": ("channel",),
+    "LocalTraining": ("model", "optimizer", "batched"),
+    "Simulation": ("training", "downlink", "uplink"),
+    "RadioStrategy": ("downlink", "uplink"),
+}
+
+
+@pytest.mark.parametrize(("taker", "name"), [(taker, name) for taker, names in LINKS.items() for name in names])
+def test_what_is_of_another_class_is_refused_by_name(taker, name):
+    held = takers() | {
+        "QuantizedUplink of a channel": (QuantizedUplink, {}),
+        "BlindUplink": (BlindUplink, {}),
+        "DigitalDownlink": (DigitalDownlink, {}),
+        "AnalogDownlink": (AnalogDownlink, {}),
+    }
+    if taker not in held:
+        pytest.skip("needs Flower")
+    make, arguments = held[taker]
+    for value in ("ideal", 3, [1]):
+        with pytest.raises(TypeError, match=f"{name} must .*, got {re.escape(repr(value))}"):
+            make(**{**arguments, name: value})
+    if taker in ("AnalogUplink", "BlindUplink"):  # one channel is not another
+        with pytest.raises(TypeError, match="channel must be a MultipleAccess, got Channel"):
+            make(Channel())
 
 
 def takers():

@@ -171,6 +171,24 @@ def test_a_node_that_was_away_comes_back_with_the_estimate_that_the_server_think
     assert all(torch.allclose(each, memory[m % len(memory)], atol=1e-6) for m, each in held.items())
 
 
+@pytest.mark.parametrize("down", ["digital", "selection"])
+def test_a_node_that_was_started_anew_is_told_the_estimate_that_the_server_thinks_it_holds(down):
+    grid = LocalGrid(client_app(device_of(), lambda context: IdealUplink()))
+
+    def restart(number, row):
+        assert row["participants"] == (3 if down == "selection" else M)
+        if number == 3:  # every node: with another id, and nothing remembered
+            contexts = [Context(1, 500 + m, {"partition-id": m}, RecordDict(), {}) for m in range(M)]
+            grid.contexts = {context.node_id: context for context in contexts}
+
+    train, strategy = training(), RadioStrategy(M, downlink=DOWNLINKS[down](), on_round=restart)
+    strategy.start(grid, arrays(theta=train.flat.read(train.model)), num_rounds=8)
+    for context in grid.contexts.values():
+        held = tensor_of(context.state["theta_hat"], "theta_hat")
+        m = context.node_config["partition-id"]
+        assert torch.allclose(held, strategy.theta_hat[m % len(strategy.theta_hat)], atol=1e-6)
+
+
 def test_a_round_that_serves_nobody_is_skipped():
     start = training().flat.read(training().model)
     thin = SelectionDownlink(Channel.from_snr(-40.0, ofdm_symbols=3), 2)
