@@ -38,7 +38,7 @@ from benchmarks import peers
 from benchmarks.harness import add_row, claim, provenance, rows
 from benchmarks.suites import OWN, SUITES, Setting, Suite, altered, gpu_hours, own_suite, read_config
 from benchmarks.tables import VALIDATION, Row, chosen_on, fill, inside, rate_table, score, setting_of, table, title
-from benchmarks.tasks import Batch, Source, Task, open_task
+from benchmarks.tasks import Batch, Source, Task, open_task, to_pretrain
 
 RESULT = "quality"
 PROBE_EVERY = 10  # steps from one note of loss and recovery error to the next
@@ -323,7 +323,11 @@ def pieces(cells: list[Cell], pace: Pace, seconds: float) -> list[list[Cell]]:
 def costs(suite: Suite, result: str = RESULT, minutes: float = PIECE_MINUTES) -> str:
     """Say how long the missing runs will take, piece by piece."""
     pace, cells = Pace(result), to_come(suite, result)
-    lines = []
+    lines = [
+        f"{name}: its model is pretrained first, {steps} steps, half an hour at most"
+        for name in dict.fromkeys(cell.task for cell in cells)
+        if (steps := to_pretrain(name))
+    ]
     for number, piece in enumerate(pieces(cells, pace, 60 * minutes), 1):
         runs = Counter((title(cell.setting), cell.optimizer) for cell in piece)
         what = "; ".join(f"{count} × {optimizer} on {where}" for (where, optimizer), count in runs.items())

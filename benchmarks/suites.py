@@ -254,6 +254,17 @@ SUITES = {
     # What the first moment earns by batch size: four rates for everybody, twice as high for eight times the rows.
     "batch8": Suite((Setting("instruct", 150, 8),), MOMENT, rates={"": (7.5e-4, 1.5e-3, 3e-3, 6e-3)}),
     "batch64": Suite((Setting("instruct", 80, 64),), MOMENT, rates={"": (1.5e-3, 3e-3, 6e-3, 1.2e-2)}),
+    # Models of other widths, fine-tuned on another text than they were pretrained on, and from random weights.
+    "widths": Suite(
+        tuple(Setting(f"pretrained-{width}:instruct", steps, 64) for width, steps in ((64, 80), (128, 80), (256, 60))),
+        MOMENT,
+        rates={"": (7.5e-4, 1.5e-3, 3e-3, 6e-3)},
+    ),
+    "scratch": Suite(
+        tuple(Setting(f"scratch-{width}:shakespeare", 100, 64) for width in (64, 128)),
+        MOMENT,
+        rates={"": (1.5e-3, 3e-3, 6e-3, 1.2e-2)},
+    ),
     # Everybody, by batch size.
     "peers": Suite(
         (Setting("instruct", 150, 8), Setting("instruct", 80, 64)),

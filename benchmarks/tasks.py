@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import fcntl
 import json
 import os
 import random
@@ -191,13 +192,62 @@ TEXTS = {
 TEXT_LENGTH = 128  # tokens of a piece, unless told otherwise
 
 
+PRETRAINED = {  # by width: how the models of four layers are made, once; half an hour on one thread at most
+    64: ("--steps", "800"),
+    128: ("--steps", "800"),
+    256: ("--steps", "400"),
+    512: ("--steps", "300", "--lr", "1e-3"),
+}
+
+
+def pretraining(width: int) -> Any:
+    """Return the arguments of `recipes/pretrain_tiny.py` for the model of a width, which name its folder."""
+    import pretrain_tiny
+
+    # no model that has read this text is judged by it
+    data = ("--tokenizer", str(_shared("stories260k")), "--text", str(_shared("text", "tinyshakespeare.txt")))
+    return pretrain_tiny.parse(["--width", str(width), *PRETRAINED[width], *data])
+
+
+def to_pretrain(name: str) -> int:
+    """Return the steps that the model of a task has still to be trained for, before its first run."""
+    start, _ = _start(name)
+    if name not in TASKS or not start.startswith("pretrained-"):
+        return 0
+    import pretrain_tiny
+
+    args = pretraining(int(start.removeprefix("pretrained-")))
+    return 0 if pretrain_tiny.recorded(args.output_dir) == args.steps else args.steps
+
+
+def _start(name: str) -> tuple[str, str]:
+    """Divide a task's name into where the model starts, and the text."""
+    start, _, text = name.rpartition(":")
+    return start or "stories260k", text
+
+
+def _pretrained(width: int) -> Path:
+    """Return the folder of a pretrained model; it is made by the first process that asks, the others wait for it."""
+    import pretrain_tiny
+
+    args = pretraining(width)
+    folder = args.output_dir
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if pretrain_tiny.recorded(folder) != args.steps:  # a run that was killed has saved fewer
+            pretrain_tiny.pretrain(args)
+    return folder
+
+
 class LanguageModel:
-    """A small Llama on text that it has not seen; the metric is minus the loss in nats.
+    """A small Llama on text that it has not seen, or from random weights; the metric is minus the loss in nats.
 
     Args:
-        name: "TEXT", for stories260k (260,032 parameters) on a text of TEXTS.
+        name: "TEXT" for stories260k (260,032 parameters) on a text of TEXTS; "pretrained-WIDTH:TEXT" for a model of
+            PRETRAINED, which is made and kept in a cache at its first use; "scratch-WIDTH:TEXT" for random weights.
         train_rows: pieces to train on; 0: all.
-        length: tokens of a piece; 0: 128.
+        length: tokens of a piece; 0: TEXT_LENGTH.
     """
 
     held_out = 64
@@ -205,22 +255,29 @@ class LanguageModel:
     def __init__(self, name: str, train_rows: int = 0, length: int = 0) -> None:
         from transformers import AutoTokenizer
 
-        self.folder = str(_shared("stories260k"))
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        ids = tokenizer(TEXTS[name](), return_tensors="pt", verbose=False).input_ids[0]
-        length = length or TEXT_LENGTH
-        pieces = ids[: len(ids) // length * length].view(-1, length)
+        self.start, text = _start(name)
+        self.tokenizer = AutoTokenizer.from_pretrained(str(_shared("stories260k")))
+        ids = self.tokenizer(TEXTS[text](), return_tensors="pt", verbose=False).input_ids[0]
+        self.length = length or TEXT_LENGTH
+        pieces = ids[: len(ids) // self.length * self.length].view(-1, self.length)
         pieces = pieces[torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))]
         test, rest = pieces[: self.held_out], pieces[self.held_out :]
         held = validation_rows(len(rest), len(test))
         self.data = {"train": rest[:-held][: train_rows or len(rest)], "validation": rest[-held:], "test": test}
 
     def model(self, seed: int) -> nn.Module:
-        """Load the pretrained model; the seed changes only the order of the data."""
+        """Load the pretrained model, of which the seed changes only the order of the data; or draw weights by it."""
         from transformers import AutoModelForCausalLM
 
         _quiet()
-        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        kind, _, width = self.start.partition("-")
+        if kind == "scratch":
+            import pretrain_tiny
+
+            context = max(pretrain_tiny.CONTEXT, self.length)
+            return pretrain_tiny.make_model(self.tokenizer, seed, width=int(width), context=context)
+        folder = _pretrained(int(width)) if kind == "pretrained" else _shared(self.start)
+        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
         """Draw training batches for ever, every epoch in a new order."""
@@ -389,6 +446,8 @@ def _commonsense(name: str) -> Source:
 TASKS: dict[str, Any] = {
     **dict.fromkeys(("SST-2", "CoLA", "RTE", "MRPC"), Classification),
     **dict.fromkeys(TEXTS, LanguageModel),
+    **{f"scratch-{width}:{text}": LanguageModel for width in PRETRAINED for text in TEXTS},
+    **{f"pretrained-{width}:{text}": LanguageModel for width in PRETRAINED for text in ("instruct", "wikipedia")},
 }
 SOURCES = {source.name: source for source in map(_commonsense, ("boolq", "openbookqa", "ARC-Easy", "ARC-Challenge"))}
 # the task that comes with the repository: small skills with words and sums, asked for as instructions

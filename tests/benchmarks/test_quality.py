@@ -664,3 +664,44 @@ def test_a_seed_draws_the_same_batches_for_every_optimizer(shared_data, monkeypa
     assert {tuple(piece) for batch in first[:8] for piece in batch.tolist()} == set(
         map(tuple, task.data["train"].tolist())
     )
+
+
+# ---- models of other widths ------------------------------------------------------------------------------------------
+
+
+def test_a_pretrained_width_is_made_once_and_kept(shared_data, monkeypatch, tmp_path):
+    import pretrain_tiny
+
+    monkeypatch.setattr(tasks, "SHARED", shared_data)
+    monkeypatch.setattr(pretrain_tiny, "CACHE", tmp_path)
+    monkeypatch.setitem(tasks.PRETRAINED, 32, ("--steps", "2", "--batch_size", "2", "--layers", "1"))
+    monkeypatch.setitem(tasks.TASKS, "pretrained-32:instruct", tasks.LanguageModel)
+    assert tasks.to_pretrain("pretrained-32:instruct") == 2
+    task = tasks.open_task("pretrained-32:instruct", 0, length=16)
+    first = task.model(0)
+    assert tasks.to_pretrain("pretrained-32:instruct") == 0
+    monkeypatch.setattr(pretrain_tiny, "pretrain", None)  # so a second time would fail
+    assert not tiny.differing(tiny.bits(first), tiny.bits(task.model(1)))  # the seed orders the data, no more
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    (folder / "training.json").write_text('{"steps": 1}')  # as a kill leaves it
+    assert tasks.to_pretrain("pretrained-32:instruct") == 2
+    assert [tasks.to_pretrain(name) for name in ("instruct", "SST-2", "tiny-llama:skills", "scratch-64:instruct")] == [
+        0
+    ] * 4
+
+
+def test_from_scratch_weights_are_drawn_by_the_seed_and_know_nothing(shared_data, monkeypatch):
+    monkeypatch.setattr(tasks, "SHARED", shared_data)
+    task = tasks.open_task("scratch-64:instruct", 0, length=16)
+    one, same, other = (task.model(seed) for seed in (0, 0, 1))
+    assert not tiny.differing(tiny.bits(one), tiny.bits(same))
+    assert tiny.differing(tiny.bits(one), tiny.bits(other))
+    assert task.evaluate(one, "test")["eval_loss"] == pytest.approx(math.log(512), abs=0.2)
+    assert one.config.hidden_size == 64
+
+
+def test_no_model_is_judged_by_the_text_it_has_read():
+    assert not [name for name in tasks.TASKS if name.startswith("pretrained") and name.endswith(":shakespeare")]
+    assert {name for name in tasks.TASKS if name.startswith("pretrained")} == {
+        f"pretrained-{width}:{text}" for width in (64, 128, 256, 512) for text in ("instruct", "wikipedia")
+    }
