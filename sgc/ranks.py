@@ -58,7 +58,7 @@ def must_agree(optimizer: SGC, ddp_ranks: Sequence[int] | None = None) -> dict[s
             "the version of torch": torch.__version__,
             dispatch.VARIABLE: dispatch.requested(),
             "attached": compressor is not None,
-            "sample_every": compressor and max(slot.sample_every for slot in compressor.slots.values()),
+            "sample_every": compressor and max((slot.sample_every for slot in compressor.slots.values()), default=None),
             "the ranks of DistributedDataParallel": ddp_ranks and list(ddp_ranks),
         },
         "groups": [_described(optimizer, group) for group in optimizer.param_groups],
@@ -72,16 +72,21 @@ def _described(optimizer: SGC, group: Mapping[str, Any]) -> dict[str, Any]:
     own = [
         [str(name), str(list(param.shape)), str(param.dtype)]
         for name, param in zip(names, group["params"], strict=False)
-        if sharded.is_sharded(param) or (id(param) in optimizer._given_ids and not sharded.is_flattened(param))
+        if sharded.is_sharded(param) or _is_given(optimizer, param)
     ]
     described = {name: group[name] for name in optimizer.defaults if name in group and name not in IGNORED}
     return {**described, **({"steps": group["steps"]} if own else {}), "parameters": own}
 
 
+def _is_given(optimizer: SGC, param: Tensor) -> bool:
+    """Whether it is a tensor the optimizer was made with, whole, and not what a sharding harness has put there."""
+    return id(param) in optimizer._given_ids and not sharded.is_sharded(param) and not sharded.is_flattened(param)
+
+
 def _state_checksum(optimizer: SGC, group: Mapping[str, Any]) -> int:
     """Sum up what every rank must hold alike: the state of whole tensors, and not of shards and flat partitions."""
-    alike = (p for p in group["params"] if p.dim() > 1 and p in optimizer.state and not sharded.is_sharded(p))
-    return checksum(value for p in alike for value in optimizer.state[p].values() if isinstance(value, Tensor))
+    alike = (optimizer.state[p] for p in group["params"] if p in optimizer.state and _is_given(optimizer, p))
+    return checksum(value for held in alike for value in held.values() if isinstance(value, Tensor))
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:
@@ -198,7 +203,7 @@ class _Meeting:
             missing = [rank for rank in self.ranks if not self.store.check([f"{self.key}/came/{rank}"])]
             late = ", ".join(map(str, missing))
             self.decide(
-                f"rank {late} lives, but did not come to its first step within the process group's timeout of "
+                f"rank {late} did not come to its first step within the process group's timeout of "
                 f"{timeout.total_seconds():.0f} s; {_INSTEAD}"
             )
         return str(self.store.get(f"{self.key}/verdict").decode())

@@ -758,6 +758,17 @@ def test_a_checkpoint_of_which_the_optimizer_loads_nothing_is_said(checkpoint, t
     assert all("goes on at step 2, but the optimizer has loaded no state and begins anew" in one for one in said)
 
 
+def test_a_checkpoint_of_another_optimizer_is_refused(checkpoint, tmp_path):
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(checkpoint, folder)
+    model = llama()
+    groups = [[p for p in model.parameters() if (p.dim() > 1) == decays] for decays in (True, False)]
+    torch.save(torch.optim.AdamW([{"params": group} for group in groups]).state_dict(), folder / "optimizer.pt")
+    run = trainer(tmp_path, callbacks=[SGCCallback()], max_steps=3)
+    with pytest.raises(ValueError, match="not one of SGC's"):
+        run.train(resume_from_checkpoint=str(folder))
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")

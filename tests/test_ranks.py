@@ -353,6 +353,19 @@ def test_the_reason_of_a_rank_that_dies_before_its_first_step_reaches_the_others
     assert f"rank 1 has ended before its first step: {reason}" in said[0]
 
 
+def single():
+    """The only matrix is left to DistributedDataParallel, so that nothing is compressed."""
+    model = torch.nn.Linear(64, 64, bias=False)
+    optimizer = SGC(model.parameters(), min_size=64).attach(model)
+    DistributedDataParallel(model)(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    assert same_on_all_ranks(weights(model))
+
+
+def test_a_model_of_one_tensor_trains_attached(processes):
+    processes.run(single)
+
+
 def group_timeout():
     *_, optimizer, _, _ = train(True, 1)
     return ranks.timeout_of(optimizer._compressor._group), ranks.timeout_of()
