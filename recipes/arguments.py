@@ -386,7 +386,7 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: FinetuneAr
     check_numbers(model_args)
     check_numbers(data_args)
     check_rates(args, runs)
-    check_schedule(args)
+    check_late(args)
     check_reports(args)
     output = Path(args.output_dir)
     for run in runs:
@@ -434,8 +434,8 @@ def check_rates(args: FinetuneArguments, runs: list[Run]) -> None:
         raise ValueError(f"{error} (of {given})") from None
 
 
-def check_schedule(args: FinetuneArguments) -> None:
-    """Let transformers make the learning rate's schedule and read what it takes as JSON, which it would do late.
+def check_late(args: FinetuneArguments) -> None:
+    """Let transformers and torch judge now what they would judge when training begins, or after it.
 
     Raises:
         ValueError: a sentence with the rule and the value.
@@ -443,6 +443,13 @@ def check_schedule(args: FinetuneArguments) -> None:
     for name, value in vars(args).items():
         if name.endswith("_kwargs") and not isinstance(value, dict | None):
             raise ValueError(f"--{name} must be a JSON object, got '{value}'")
+    if args.label_names not in (None, ["labels"]):
+        raise ValueError(f"--label_names must be labels, as all examples have, got {' '.join(args.label_names)}")
+    if args.torch_compile:
+        try:
+            torch.compile(torch.nn.Identity(), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        except Exception as error:  # as each backend of torch.compile says it
+            raise ValueError(f"--torch_compile: {sentence(error)}") from None
     options = args.lr_scheduler_kwargs
     try:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)

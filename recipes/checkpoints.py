@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import TrainerState
+from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 STATE = "trainer_state.json"
@@ -43,6 +43,10 @@ class SaveError(RuntimeError):
 
 class CheckpointError(ValueError):
     """A checkpoint can't be resumed from; the sentence says which file and why."""
+
+
+class OtherNames(ValueError):
+    """The names of the weights in a checkpoint are not those of the model."""
 
 
 def first_line(error: BaseException) -> str:
@@ -202,9 +206,20 @@ class WholeCheckpoints:
         else:  # transformers asks after a step only
             self.control.should_training_stop = True
 
-    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
         with refused_if_it_does_not_fit(resume_from_checkpoint, "weights"):
-            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+            try:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            except OtherNames:  # as of experts, which are stacked in memory and apart in files
+                if not isinstance(self.model, PreTrainedModel):
+                    raise
+                options = {"dtype": self.model.dtype, "config": self.model.config, "trust_remote_code": False}
+                opened, found = type(self.model).from_pretrained(
+                    resume_from_checkpoint, output_loading_info=True, **options
+                )
+                if found["missing_keys"] or found["unexpected_keys"]:
+                    raise
+                self.model.load_state_dict(opened.state_dict())
 
     def _prepare_for_training(self: Any, max_steps: int, loader: Any, resume_from_checkpoint: str | None) -> Any:
         if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
@@ -223,7 +238,7 @@ class WholeCheckpoints:
         missing = {name for name in missing if tensors[name].data_ptr() not in loaded}  # tied ones are written once
         for said, names in (("lack", missing), ("have, and the model has not,", load_result.unexpected_keys)):
             if names:
-                raise ValueError(f"they {said} {sorted(names)[0]} and {len(names) - 1} more")
+                raise OtherNames(f"they {said} {sorted(names)[0]} and {len(names) - 1} more")
 
     def _init_training_state(self: Any, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         with refused_if_it_does_not_fit(self.args.output_dir, STATE):

@@ -210,6 +210,8 @@ def test_the_recipe_trains_saves_and_resumes_under_the_trainer(tmp_path):
     assert len(losses[0]) == 10
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    of_one_rank = json.loads((tmp_path / "whole" / "sgc_summary.json").read_text())["memory"]["optimizer_state"]
+    assert whole["memory"]["optimizer_state"] > 1.5 * of_one_rank  # AdamW's beside it is that of both, too
     launched(tmp_path / "parts", "--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-5"))
     assert same(*(load_file(tmp_path / part / "model.safetensors") for part in ("whole", "parts")))
 

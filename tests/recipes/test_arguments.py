@@ -132,6 +132,8 @@ def test_gradient_checkpointing_is_understood_by_its_old_name():
         (["none.yaml"], "'none.yaml' does not exist"),
         (["--lr_scheduler_kwargs", "fast"], "--lr_scheduler_kwargs must be a JSON object, got 'fast'"),
         (["--lr_scheduler_kwargs", '{"speed": 1}'], "--lr_scheduler_type cosine with {'speed': 1}: .*'speed'"),
+        (["--torch_compile_mode", "fastest"], "--torch_compile: Unrecognized mode=fastest"),
+        (["--label_names", "target"], "--label_names must be labels, as all examples have, got target"),
         (["--eval_dataset", "a.json"], "--eval_dataset must go with --dataset, got 'a.json' alone"),
         (["--fsdp_config", "a.json"], "--fsdp_config must go with --fsdp, got 'a.json' alone"),
         (["--eval_accumulation_steps", "0"], "--eval_accumulation_steps must be 1 or more, got 0"),

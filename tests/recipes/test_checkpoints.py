@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from checkpoints import CheckpointError, WholeCheckpoints, last_whole, read_state
 from sgc import SGC
@@ -40,11 +40,11 @@ class WholeTrainer(WholeCheckpoints, Trainer):
     pass
 
 
-def trainer(folder, optimizer="adamw", model=None, callbacks=(), **options):
+def trainer(folder, optimizer="adamw", model=None, callbacks=(), rows=None, **options):
     options = {"max_steps": STEPS, "save_steps": 1, "lr_scheduler_type": "constant", **options}
     quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no"}
     args = TrainingArguments(str(folder), save_strategy="steps", dataloader_pin_memory=False, **quiet, **options)
-    rows = [{"x": torch.full((16,), float(i))} for i in range(64)]
+    rows = rows or [{"x": torch.full((16,), float(i))} for i in range(64)]
     model = Model() if model is None else model
     made = (OPTIMIZERS[optimizer](model.parameters()), None)
     return WholeTrainer(model, args, train_dataset=rows, optimizers=made, callbacks=list(callbacks))
@@ -150,6 +150,19 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     other.layer = torch.nn.Linear(16, 5)
     with pytest.raises(CheckpointError, match="the weights in checkpoint"):
         trained(tmp_path, model=other, resume=str(tmp_path / "checkpoint-2"))
+
+
+def test_experts_that_are_stacked_in_memory_and_apart_in_files_go_on_bit_for_bit(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=32, num_key_value_heads=2, num_local_experts=2, **sizes)
+
+    def run(resume=None, seed=0):
+        torch.manual_seed(seed)
+        return trained(tmp_path, model=MixtralForCausalLM(config), rows=rows, max_steps=2, resume=resume)
+
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(32, (16, 8))]
+    weights = run()
+    assert torch.equal(run(str(tmp_path / "checkpoint-1"), seed=1), weights)
 
 
 def test_a_pickle_in_a_checkpoint_is_not_executed(tmp_path):
