@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from sgc import memory, moments, ranks
 from sgc.checks import whole
@@ -288,6 +289,7 @@ class CompressedGradient(Tensor):
         return factor, agreement(sums) * factor.square()
 
     @classmethod
+    @_disable_dynamo
     def __torch_dispatch__(  # type: ignore[override]  # the stub has no signature to agree with
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -503,6 +505,7 @@ class Compressor:
     def _hook(self) -> Callable[[Tensor], None]:
         compressor = weakref.ref(self)  # hooks must not keep a dropped optimizer alive
 
+        @_disable_dynamo  # a backward inside a compiled function would have it traced
         def compress(param: Tensor) -> None:
             owner = compressor()
             if owner is None or owner.slots[param].number is None:
@@ -520,6 +523,7 @@ class Compressor:
     def _queue_hook(self) -> Callable[[Tensor], None]:
         compressor = weakref.ref(self)
 
+        @_disable_dynamo
         def queue(param: Tensor) -> None:
             owner = compressor()
             if owner is not None:
@@ -737,6 +741,7 @@ class Compressor:
             self._callback_queued = True
             torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
 
+    @_disable_dynamo
     def _after_backward(self) -> None:
         """Give every rank the same set of gradients, as their norm is taken over that set."""
         self._callback_queued = False

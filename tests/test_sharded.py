@@ -143,12 +143,18 @@ def test_gradients_of_zeros_move_nothing_but_the_decay(ranks):
         (math.nan, SMALL, {}),
         (math.inf, ALIGNED, {**WHOLE, "moments": "subspace"}),
         (1e30, CUT, WHOLE),
+        (1e30, [(2,), *SMALL], {}),  # one entry on each rank
     ],
 )
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(ranks, shapes, value, options):
     for result in ranks("not_finite", shapes=shapes, value=value, **options):
         assert result["skipped"] == 1
         assert all(result.values())
+
+
+def test_a_model_may_be_moved_between_steps(ranks):
+    """torch swaps the contents of sharded parameters then, which weak references to them would forbid."""
+    assert all(ranks("moved", shapes=EVERYWHERE, **SKETCH))
 
 
 def test_ranks_round_with_other_random_numbers(ranks):

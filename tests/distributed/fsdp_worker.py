@@ -351,6 +351,20 @@ def not_finite(shapes, value, **options):
     return result
 
 
+def moved(shapes, **options):
+    """Move the model after every step, to where it is, as between training and generating; compare with not moving."""
+    pairs = []
+    for moves in (False, True):
+        model = sharded_model(shapes)
+        optimizer = optimizer_of(model, **options)
+        for number in range(3):
+            train(model, optimizer, range(number, number + 1), dist.get_rank())
+            if moves:
+                model.cpu()
+        pairs.append((model, optimizer))
+    return same_bits(*pairs)
+
+
 def traffic(shapes, **options):
     """Count what a step sends: the numbers of every all-reduce, and any other collective."""
     model = sharded_model(shapes)
