@@ -376,6 +376,12 @@ def _add(func: Any, gradient: Tensor, other: Any, *, alpha: float = 1) -> Compre
     return gradient
 
 
+def _refuse_to_move(_: Any, gradient: CompressedGradient, *args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(
+        "a compressed gradient keeps its dtype and device: call optimizer.zero_grad() before the model is moved or cast"
+    )
+
+
 def _itself(_: Any, gradient: CompressedGradient, *args: Any, **kwargs: Any) -> CompressedGradient:
     return gradient
 
@@ -428,6 +434,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.add.Tensor: _add,
     aten.detach.default: _itself,
     aten.detach_.default: _itself,
+    aten._to_copy.default: _refuse_to_move,
     aten._amp_foreach_non_finite_check_and_unscale_.default: _unscale,
     **dict.fromkeys(_FOREACH, _each),
     **dict.fromkeys(_FOREACH_BY, _each_by),

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgc import SGC
+from sgc import SGC, dispatch
 from sgc.optimizer import PROBE_EVERY
 from tests.tolerances import ADAMW, ADAMW_WEIGHT, SIGMAS, SUM, TWIN
 
@@ -344,6 +344,16 @@ def test_overflow_is_judged_by_the_sum_of_squares_in_fp32_whatever_the_shape(rul
     run(optimizer, 2, 2)
     assert bool(p.isfinite().all())
     assert all(bool(t.isfinite().all()) for t in optimizer.state[p].values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU, kernels run in Triton's interpreter")
+@pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")  # NumPy, on which that is built
+@pytest.mark.parametrize("size", [1e30, 1e19, 1e-30])
+@pytest.mark.parametrize("shape", [(), (1, 1), (2,), (40, 20)])
+def test_kernels_judge_overflow_alike(monkeypatch, shape, size):
+    pytest.importorskip("triton")
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    test_overflow_is_judged_by_the_sum_of_squares_in_fp32_whatever_the_shape("residual", shape, torch.float32, size)
 
 
 def test_a_broken_first_gradient_leaves_no_state():
