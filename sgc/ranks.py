@@ -159,6 +159,7 @@ class _Meeting:
         # the store counts, not this process: one that was started anew counts on where the others are
         self.key = f"sgc/{who}/{self.store.add(f'sgc/{who}/turn/{self.rank}', 1)}"
         self.seen: dict[int, tuple[int, float]] = {}
+        self.readers = len(ranks)
 
     def hold(self, word: Mapping[str, Any], refusal: str | None) -> str:
         """Give the verdict: `AGREED`, or the sentence that all ranks raise."""
@@ -181,7 +182,7 @@ class _Meeting:
         with contextlib.suppress(dist.DistError):  # what is to be known is known
             self.store.add(f"{self.key}/read", 1)
             for _ in _pauses(FAREWELL if self.rank == 0 else 0):
-                if self.store.add(f"{self.key}/read", 0) >= len(self.ranks):
+                if self.store.add(f"{self.key}/read", 0) >= self.readers:
                     return
 
     def decide(self, verdict: str) -> None:
@@ -198,6 +199,7 @@ class _Meeting:
                 looked = time.monotonic()
                 for rank in watched:
                     if gone := self.gone(rank):
+                        self.readers = self.store.add(f"{self.key}/came", 0)
                         self.decide(f"rank {rank} {gone}; {_INSTEAD}")
         else:
             missing = [rank for rank in self.ranks if not self.store.check([f"{self.key}/came/{rank}"])]
