@@ -30,7 +30,7 @@ MOST_BYTES = 2**63  # exclusive
 MOST_PARTS = 100_000  # layers, experts, heads or classes: transformers makes lists of them before anything can stop it
 MOST_TENSORS = 20_000  # parameters of a model, of which Llama-3-405B has 1137
 MOST_ENTRIES = 10**13  # of all parameters
-MOST_COLUMNS = 2**22  # of a matrix: a step is measured on several hundred rows
+MOST_COLUMNS = 2**18  # of a matrix, a block of what a step works on; Llama-3-405B has 53,248
 PARTS = re.compile(r"(layers?|depths?|blocks|experts|heads?|labels)$")
 
 # transformers' classes by how they learn: the mapping that knows each, in the order in which one is sought for a
