@@ -38,11 +38,10 @@ from benchmarks import peers
 from benchmarks.harness import add_row, claim, provenance, rows
 from benchmarks.suites import OWN, SUITES, Setting, Suite, altered, gpu_hours, own_suite, read_config
 from benchmarks.tables import VALIDATION, Row, chosen_on, fill, inside, rate_table, score, setting_of, table, title
-from benchmarks.tasks import Batch, Source, Task, open_task, to_pretrain
+from benchmarks.tasks import CURVE_POINTS, Batch, Source, Task, open_task, to_pretrain
 
 RESULT = "quality"
 PROBE_EVERY = 10  # steps from one note of loss and recovery error to the next
-CURVE_POINTS = 10  # validation losses that are kept of a run
 MICRO_TOKENS = 8192  # of a batch that go forward and backward together
 PIECE_MINUTES = 60.0
 SAME_ARITHMETIC = {"adamw": "adamw_fused"}  # faster on a CPU than torch's default

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from benchmarks.peers import MAKERS, parse
-from benchmarks.tasks import TEXT_LENGTH, Source, is_text
+from benchmarks.tasks import CURVE_POINTS, CURVE_ROWS, TEXT_LENGTH, Source, is_text
 
 SEEDS = (0, 1, 2)
 ENCODER = ("SST-2", "CoLA", "RTE", "MRPC")
@@ -387,26 +387,27 @@ def gpu_hours(own: Own) -> dict[str, float]:
     """Estimate the hours of one GPU that a suite takes, by counting operations.
 
     A token costs 2 operations per parameter forward, 4 backward and, with checkpointed activations, 2 again; a row that
-    is judged costs a forward pass for its loss and one for its prompt. Answers, optimizer steps, loading and GaLore's
-    refreshes take the time that is given for them.
+    is judged costs a forward pass for its loss and one for its prompt, and the validation split is one set more to be
+    judged. A row of the learning curve costs one. Answers, optimizer steps, loading and GaLore's refreshes take the
+    time that is given for them.
 
     Returns:
         Hours by optimizer, for all of its runs, and "all".
     """
     if own.expected is None:
         raise ValueError("a configuration without 'expected' says nothing to estimate the time from")
-    about, setting = own.expected, own.suite.settings[0]
+    about = own.expected
     per_second = about["teraflops"] * 1e12 * about["utilisation"]
-    training = setting.steps * setting.batch_size * about["tokens_per_row"] * 8 * about["parameters"] / per_second
-    rows = about["judged_rows"] * max(1, len(own.source.eval_datasets))
-    forward = rows * 2 * about["tokens_per_row"] * 2 * about["parameters"] / per_second
-    answering = rows / about["eval_batch_size"] * about["answer_tokens"] * about["seconds_per_answer_token"]
-    stepping = setting.steps * about["seconds_per_step"]
-    each = training + forward + answering + stepping + about["seconds_to_load"]
+    row = about["tokens_per_row"] * 2 * about["parameters"] / per_second  # of a forward pass
+    judged = about["judged_rows"] * (1 + max(1, len(own.source.eval_datasets)))
+    judging = (2 * judged + CURVE_POINTS * CURVE_ROWS) * row
+    answering = judged / about["eval_batch_size"] * about["answer_tokens"] * about["seconds_per_answer_token"]
     runs = len(own.suite.rates[""]) + len(own.suite.seeds) - 1 if own.suite.rates else 0
-    hours = {}
-    for optimizer in own.suite.optimizers:
+    hours = dict.fromkeys(own.suite.optimizers, 0.0)
+    for optimizer, setting in product(own.suite.optimizers, own.suite.settings):
+        training = setting.steps * (setting.batch_size * 4 * row + about["seconds_per_step"])
+        each = training + judging + answering + about["seconds_to_load"]
         name, kwargs = parse(optimizer)
         refreshes = 1 + (setting.steps - 1) // kwargs.get("update_proj_gap", 200) if name == "galore" else 0
-        hours[optimizer] = runs * (each + refreshes * about["seconds_per_galore_refresh"]) / 3600
+        hours[optimizer] += runs * (each + refreshes * about["seconds_per_galore_refresh"]) / 3600
     return hours | {"all": sum(hours.values())}

@@ -51,7 +51,8 @@ class Task(Protocol):
         """Measure the loss on up to CURVE_ROWS of the validation split, for a learning curve."""
 
 
-CURVE_ROWS = 128
+CURVE_POINTS = 10  # of a learning curve
+CURVE_ROWS = 128  # of the validation split, at each
 FORWARD_TOKENS = 8192  # that are judged at a time
 
 
@@ -266,7 +267,11 @@ class LanguageModel:
         self.data = {"train": rest[:-held][: train_rows or len(rest)], "validation": rest[-held:], "test": test}
 
     def model(self, seed: int) -> nn.Module:
-        """Load the pretrained model, of which the seed changes only the order of the data; or draw weights by it."""
+        """Load the pretrained model, of which the seed changes only the order of the data; or draw weights by it.
+
+        Raises:
+            ValueError: the pieces are longer than the model's context.
+        """
         from transformers import AutoModelForCausalLM
 
         _quiet()
@@ -277,7 +282,10 @@ class LanguageModel:
             context = max(pretrain_tiny.CONTEXT, self.length)
             return pretrain_tiny.make_model(self.tokenizer, seed, width=int(width), context=context)
         folder = _pretrained(int(width)) if kind == "pretrained" else _shared(self.start)
-        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+        if self.length > (context := model.config.max_position_embeddings):
+            raise ValueError(f"length must be at most {context}, the model's context, got {self.length}")
+        return model
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
         """Draw training batches for ever, every epoch in a new order."""

@@ -705,3 +705,16 @@ def test_no_model_is_judged_by_the_text_it_has_read():
     assert {name for name in tasks.TASKS if name.startswith("pretrained")} == {
         f"pretrained-{width}:{text}" for width in (64, 128, 256, 512) for text in ("instruct", "wikipedia")
     }
+
+
+def test_pieces_longer_than_the_context_are_refused_and_scratch_has_room_for_them(shared_data, monkeypatch):
+    monkeypatch.setattr(tasks, "SHARED", shared_data)
+    with pytest.raises(ValueError, match="length must be at most 512, the model's context, got 600"):
+        tasks.open_task("instruct", 0, length=600).model(0)
+    assert tasks.open_task("scratch-64:instruct", 0, length=600).model(0).config.max_position_embeddings == 600
+
+
+def test_a_batch_larger_than_the_training_rows_is_refused(shared_data, monkeypatch):
+    monkeypatch.setattr(tasks, "SHARED", shared_data)
+    with pytest.raises(ValueError, match="batch_size must be at most the 16 training pieces, got 17"):
+        next(tasks.open_task("instruct", 16).batches(17, 0))
