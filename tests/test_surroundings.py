@@ -104,6 +104,22 @@ def inside(context):
     return run
 
 
+def inside_at_first(context):
+    """Clip and step inside a context, and then outside it, with the state that was made inside."""
+
+    def run(training):
+        with context():
+            for number in range(2):
+                with torch.inference_mode(False):
+                    training.backward(number)
+                training.clip()
+                training.optimizer.step()
+                training.optimizer.zero_grad()
+        training.run(2, STEPS)
+
+    return run
+
+
 def wholly_inside(context):
     """Go backward inside it, too."""
 
@@ -291,6 +307,7 @@ SURROUNDINGS = {
     "autocast": inside(functools.partial(torch.autocast, "cpu", torch.bfloat16)),
     "autocast, backward too": wholly_inside(functools.partial(torch.autocast, "cpu", torch.bfloat16)),
     "inference mode": inside(torch.inference_mode),
+    "inference mode at first": inside_at_first(torch.inference_mode),
     "no grad": inside(torch.no_grad),
     "enable grad": inside(torch.enable_grad),
     "default dtype": wholly_inside(default_dtype),
