@@ -299,12 +299,20 @@ def test_a_learning_curve_has_ten_points(steps):
 
 
 def test_looking_at_the_curve_changes_nothing():
-    class Blind(Small):
+    class Noisy(Small):
+        def model(self, seed):
+            model = tiny.llama()
+            for layer in model.model.layers:
+                layer.self_attn.attention_dropout = 0.5  # off where the loss is looked at, on again after that
+            return model
+
+    class Blind(Noisy):
         def validation_loss(self, model):
             return 0.0
 
     cell = quality.Cell("small", 12, 2, "sgc(min_size=0)", 1e-2, 0)
-    assert quality.run_cell(cell, Small())["losses"] == quality.run_cell(cell, Blind())["losses"]
+    looked, blind, still = (quality.run_cell(cell, task)["losses"] for task in (Noisy(), Blind(), Small()))
+    assert looked == blind != still
 
 
 # ---- costs, and what a kill leaves -----------------------------------------------------------------------------------
@@ -369,6 +377,7 @@ def test_a_row_that_was_cut_off_anywhere_is_dropped_and_made_again(results, monk
         harness.add_row("cut", after)
         assert [row["cell"] for row in harness.rows("cut")] == [*names, "after"]
         assert path.read_bytes().startswith(whole[:first])
+        assert len([json.loads(line) for line in path.read_text().splitlines()]) == len(names) + 1
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
