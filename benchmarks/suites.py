@@ -179,7 +179,7 @@ SKETCHED = (
     "sgc(sketch_size=32, rank=8)",
 )
 SMALLEST = "sgc(min_size=16)"  # vectors from 256 entries on are compressed, too
-MOMENT = ("adamw", "sgc()", "adamw(betas=(0.0, 0.999))")
+MOMENT = ("adamw", "sgc()", "sgc(min_size=1024)", "adamw(betas=(0.0, 0.999))")
 MEMORYLESS = ("sgc()", "sgc(min_size=1024)", "sgc(sparsity=4)", "sgc(sparsity=32)")
 
 YOUNGER = (
