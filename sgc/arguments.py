@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from sgc import memory
 from sgc.checks import flag, plain, rate, real, sequence, shown, whole, word
@@ -34,6 +35,7 @@ SIZES = {  # and the least value of those whose rule does not depend on others
     "seed": 0,
 }
 RATES = ("lr", "eps", "weight_decay")
+TRAINED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # torch computes nothing in narrower ones
 FLAGS = ("stochastic_rounding", "maximize")
 CHOICES = {"moments": RULES, "recovery": METHODS, "state_dtype": STATE_DTYPES}
 # AdamW's other switches. These choose an implementation: SGC takes either value, and does the same.
@@ -132,7 +134,9 @@ def check_param(param: Any, number: int, group: dict[str, Any]) -> None:
         raise TypeError(f"SGC trains tensors, {name} is {type(tensor).__name__}")
     if not tensor.requires_grad:
         return
-    if not tensor.is_floating_point() or tensor.layout is not torch.strided:
+    if is_lazy(tensor):
+        raise TypeError(f"SGC needs the shapes of what it trains, {name} has none yet: run the model once before")
+    if tensor.dtype not in TRAINED or tensor.layout is not torch.strided:
         raise TypeError(f"SGC trains dense real floating-point tensors, {name} is {tensor.dtype} in {tensor.layout}")
     layout = memory.tensor_layout(tensor.shape, group)
     if layout is None:

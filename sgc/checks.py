@@ -108,17 +108,23 @@ def flag(name: str, value: Any, *, optional: bool = False) -> Any:
     return found
 
 
-def word(name: str, value: Any, words: Iterable[str]) -> str:
+def word(name: str, value: Any, words: Iterable[str], rule: str = "one of") -> str:
     """Return one of several words as a plain str.
+
+    Args:
+        name: of the argument.
+        value: the word.
+        words: all that it may be.
+        rule: what the sentence says before them.
 
     Raises:
         TypeError: it is not a str.
         ValueError: it is another word.
     """
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be one of {', '.join(words)}, got {shown(value)}")
+        raise TypeError(f"{name} must be {rule} {', '.join(words)}, got {shown(value)}")
     if value not in words:
-        raise ValueError(f"{name} must be one of {', '.join(words)}, got {shown(value)}")
+        raise ValueError(f"{name} must be {rule} {', '.join(words)}, got {shown(value)}")
     return str.__str__(value)
 
 

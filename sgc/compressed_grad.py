@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from sgc import memory, moments, ranks
+from sgc.arguments import check_group
 from sgc.checks import whole
 from sgc.codec.layout import Layout
 from sgc.codec.project import mix
@@ -539,22 +540,21 @@ class Compressor:
         return queue
 
     def follow(self) -> None:
-        """Learn where every parameter is: groups come and go, and loading a checkpoint makes them anew.
-
-        Raises:
-            RuntimeError: the group of a parameter is of other sizes than when it was attached.
-        """
+        """Learn where every parameter is: groups come and go, and loading a checkpoint makes them anew."""
         places = {param: (number, group) for number, param, group in self._owner()._numbered()}
         for param, slot in self.slots.items():
-            before = slot.group
-            slot.number, group = places.get(param, (None, before))
-            layout = memory.tensor_layout(param.shape, group)
-            if group is not before and (layout is None or _shapes(layout, group, slot.sample_every) != slot.shapes):
-                raise RuntimeError(
-                    f"{self._owner()._name_of(param)} is in a group of other sizes than when it was attached: call "
-                    "optimizer.attach(model) again"
-                )
-            self.groups[slot.key] = group
+            slot.number, self.groups[slot.key] = places.get(param, (None, slot.group))
+            if slot.number is not None:
+                self._check_sizes(slot)
+
+    def _check_sizes(self, slot: Slot) -> None:
+        """Raise RuntimeError if a parameter or its group is of other sizes than when it was attached."""
+        layout = memory.tensor_layout(slot.param.shape, slot.group)
+        if layout is None or _shapes(layout, slot.group, slot.sample_every) != slot.shapes:
+            raise RuntimeError(
+                f"{self._owner()._name_of(slot.param)} or its group is of other sizes than when it was attached: call "
+                "optimizer.attach(model) again"
+            )
 
     # -- adding
 
@@ -567,6 +567,8 @@ class Compressor:
     def _add(self, slot: Slot, gradient: Tensor, early: bool) -> None:
         buffer, held = slot.bucket.open(), slot.held
         if held is None:
+            check_group(slot.group)  # it may have been written into, and `step` comes later
+            self._check_sizes(slot)
             slot.clear(buffer)  # a dropped gradient may have left something
             held = slot.param.grad = CompressedGradient(slot, buffer)
             if not early:

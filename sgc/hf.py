@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sgc import memory
+from sgc.checks import flag, shown, whole, word
 from sgc.codec.project import Projection
 from sgc.codec.recover import recover
 from sgc.compressed_grad import CompressedGradient
@@ -84,6 +85,7 @@ def create_sgc_optimizer(
     Raises:
         ValueError: an override that names nothing, or nothing that is trained; no parameter is trained; a value out of
             range.
+        TypeError: a value of another kind.
 
     Example:
         >>> from torch import nn
@@ -92,6 +94,8 @@ def create_sgc_optimizer(
         >>> [group["param_names"] for group in optimizer.param_groups]
         [['0.weight'], ['1.weight'], ['1.bias']]
     """
+    compressed_gradients = flag("compressed_gradients", compressed_gradients)
+    sample_every = whole("sample_every", sample_every, at_least=1, optional=True)
     if sample_every is not None and not compressed_gradients:
         raise ValueError(
             f"sample_every={sample_every} says how gradients are compressed: set compressed_gradients=True"
@@ -151,16 +155,16 @@ def check_overrides(overrides: Mapping[str, Override], embeddings: str) -> None:
 
     Raises:
         ValueError: an unknown word or argument.
-        TypeError: an override that is neither word nor dict.
+        TypeError: a word or key that is none, or an override that is neither word nor dict.
     """
-    if embeddings not in POLICIES:
-        raise ValueError(f"embeddings must be one of {', '.join(POLICIES)}, got {embeddings!r}")
+    word("embeddings", embeddings, POLICIES)
+    if not isinstance(overrides, Mapping):
+        raise TypeError(f"overrides must be a dict, by the names of modules, got {shown(overrides)}")
     for key, override in overrides.items():
-        if isinstance(override, str):
-            if override not in POLICIES:
-                raise ValueError(f"overrides[{key!r}] must be a dict or one of {', '.join(POLICIES)}, got {override!r}")
-        elif not isinstance(override, Mapping):
-            raise TypeError(f"overrides[{key!r}] must be a dict or one of {', '.join(POLICIES)}, got {override!r}")
+        if not isinstance(key, str):
+            raise TypeError(f"overrides must be a dict, by the names of modules, got the key {shown(key)}")
+        if not isinstance(override, Mapping):
+            word(f"overrides[{key!r}]", override, POLICIES, "a dict or one of")
         else:
             for name in override:
                 if name not in OPTIONS:
@@ -187,7 +191,9 @@ def parameter_groups(
     Raises:
         ValueError: as `create_sgc_optimizer`.
     """
-    overrides = dict(overrides or {})
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"SGC's groups are made from a model, a torch.nn.Module, got {shown(model)}")
+    overrides = {} if overrides is None else overrides
     check_overrides(overrides, embeddings)
     from transformers import Trainer
 

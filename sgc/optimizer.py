@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from sgc.kernels.batch import Batch, Entry, Pending, Sparse
 
 PENDING = "pending"  # in a checkpoint, beside the state of a tensor: its compressed gradient
-TUNABLE = ("betas", "eps", "weight_decay", "recovered", "recovery", "scale", "refresh_every", "maximize")
 PROBE_EVERY = 10  # steps from one look at the recovery to the next
 CONFIGURATION = ("chunk_size", "sketch_size", "sparsity", "moments", "rank", "min_size", "state_dtype", "seed")
 _NOT_PROBED = torch.full((1, 3), math.nan, dtype=torch.float32, device="cpu")
@@ -140,6 +139,7 @@ class SGC(torch.optim.Optimizer):
         self._batches: dict[torch.device, Batch] = {}
         self._unsettled: deque[tuple[list[float], dict[torch.device, Pending]]] = deque()  # norms known, norms to come
         self._unborn: dict[Tensor, None] = {}  # whose state a batch has made, perhaps for a gradient that is not finite
+        self._judged: dict[Tensor, tuple[Any, ...]] = {}  # for what shape and sizes a state was found to be right
         self._compared = False
         self._presence: ranks.Presence | None = getattr(self, "_presence", None)
         if self._presence is None and self.check_ranks and ranks.several():
@@ -228,7 +228,8 @@ class SGC(torch.optim.Optimizer):
         From the next backward on, `param.grad` of every compressed parameter is a `CompressedGradient`: its sketch, or
         where there is no sketch (sketch_size=0) every m-th of its entries, others at each step. Accumulation, clipping,
         GradScaler and `zero_grad` work on it as on any gradient, and `step` remains the only place where weights move.
-        Under DistributedDataParallel, which must wrap the model afterwards, ranks sum these instead of gradients.
+        Under DistributedDataParallel, which must wrap the model afterwards, ranks sum these instead of gradients. A
+        copied or pickled optimizer is not attached: attach it to its model anew.
 
         Args:
             model: whose parameters the optimizer trains.
@@ -278,8 +279,10 @@ class SGC(torch.optim.Optimizer):
             closure: evaluates the model again and returns the loss.
 
         Raises:
-            TypeError: a gradient in a sparse layout, a parameter that is sharded in another way than FSDP2's, or a
-                tensor that is only a shape.
+            TypeError: a gradient that is no dense real floating-point tensor, a parameter that is sharded in another
+                way than FSDP2's, a tensor that is only a shape; or a scheduler or the user has put a value of another
+                kind into a group.
+            ValueError: such a value is out of range, or the state of a tensor is of other sizes than its group says.
         """
         loss = None
         if closure is not None:
@@ -291,6 +294,8 @@ class SGC(torch.optim.Optimizer):
 
     def _step(self) -> None:
         self._given_ids = {id(param) for params in self._given for param in params}
+        for group in self.param_groups:  # schedulers and users write into them
+            check_group(group)
         self._compare_ranks()
         if self._compressor is not None:
             here = {param for _, param, _ in self._numbered()}
@@ -311,14 +316,13 @@ class SGC(torch.optim.Optimizer):
         if any(self._partition(param) is not None for _, param, _, _ in ready):
             self._step_partitions(ready)
             return
+        for number, param, _, group in ready:
+            self._check_sizes(number, param, group)
         self._steps += 1
         for group in self.param_groups:
             group["steps"] += 1
         self._probes = [] if self._probing else self._probes
         self._settle(wait=False)
-        for number, param, _, group in ready:
-            if "step" not in self.state.get(param, {}):  # it may have been frozen when its group was added
-                check_param((self._parameter_name(number), param), number, group)
         ready, batches = self._split_batches(self._with_parts(ready))
         if ready:
             self._settle()
@@ -338,6 +342,10 @@ class SGC(torch.optim.Optimizer):
     def _check_gradient(self, param: Tensor, gradient: Tensor) -> None:
         if gradient.layout is not torch.strided:
             raise TypeError(f"SGC needs dense gradients, {self._name_of(param)} has one in layout {gradient.layout}")
+        if not gradient.is_floating_point():
+            raise TypeError(
+                f"SGC needs real floating-point gradients, {self._name_of(param)} has one of {gradient.dtype}"
+            )
         if sharded.is_flattened(param):
             raise TypeError(
                 f"SGC needs the shapes of the tensors it trains, and FSDP1 has flattened {self._name_of(param)}: use "
@@ -351,6 +359,17 @@ class SGC(torch.optim.Optimizer):
                 f"SGC needs the numbers of what it trains, and {self._name_of(param)} or its gradient is only a shape "
                 "(a meta or fake tensor): put the model on a device, as by model.to_empty, before the optimizer is made"
             )
+
+    def _check_sizes(self, number: int, param: Tensor, group: dict[str, Any]) -> None:
+        """Raise unless a tensor can be trained with its group's sizes: either may have changed since it was added."""
+        sizes = (param.shape, *(group[name] for name in CONFIGURATION))
+        if self._judged.get(param) == sizes:
+            return
+        name = self._parameter_name(number)
+        check_param((name, param), number, group)
+        if not sharded.is_sharded(param):
+            self._check_state(name, self.state.get(param, {}), param, group, "it")
+        self._judged[param] = sizes
 
     def _say_if_idle(self) -> None:
         """Warn, once, where no step will ever move anything."""
@@ -706,10 +725,8 @@ class SGC(torch.optim.Optimizer):
             state_dict = super().state_dict()
         finally:
             self.state = every
-        # a scheduler may have put a number of NumPy's into a group, which torch.load(weights_only=True) refuses
         state_dict["param_groups"] = [
-            {name: value if isinstance(value, Tensor) else plain(value) for name, value in group.items()}
-            | {FACTOR: float(group.get(FACTOR, 1.0))}
+            {name: _saved(value) for name, value in group.items()} | {FACTOR: float(group.get(FACTOR, 1.0))}
             for group in state_dict["param_groups"]
         ]
         pending = {} if self._compressor is None else self._compressor.pending()
@@ -768,7 +785,8 @@ class SGC(torch.optim.Optimizer):
             self.register_load_state_dict_post_hook(put_own, prepend=True),
         ]
         try:
-            super().load_state_dict(dict(state_dict))
+            with shielded(param for _, param, _ in self._numbered()):
+                super().load_state_dict(dict(state_dict))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -794,8 +812,10 @@ class SGC(torch.optim.Optimizer):
                 self._check_state(self._parameter_name(number), held, *numbered[number])
         return {**state_dict, "param_groups": checked}
 
-    def _check_state(self, name: str, held: Any, param: Tensor, group: dict[str, Any]) -> None:
-        """Raise unless a checkpoint's state of a tensor is what `step` would have made, apart from what others add."""
+    def _check_state(
+        self, name: str, held: Any, param: Tensor, group: dict[str, Any], source: str = "the checkpoint"
+    ) -> None:
+        """Raise unless the state of a tensor is what `step` would have made, apart from what others add."""
         if not isinstance(held, dict):
             raise ValueError(f"the state of {name} should be a dict, the checkpoint holds {shown(held)}")
         if PENDING in held and self._compressor is None:
@@ -812,11 +832,11 @@ class SGC(torch.optim.Optimizer):
         expected = {key: (shape, dtype) for key, (shape, dtype) in sorted(schema.items())}
         if found and found != expected:
             raise ValueError(
-                f"the state of {name} should hold {expected} for a parameter of shape {tuple(param.shape)}, the "
-                f"checkpoint holds {found}"
+                f"the state of {name} should hold {expected} for a parameter of shape {tuple(param.shape)}, "
+                f"{source} holds {found}"
             )
         if found and not 0 <= (step := sharded.whole(held["step"]).item()) < math.inf:
-            raise ValueError(f"the state of {name} should count its updates, the checkpoint holds step={step}")
+            raise ValueError(f"the state of {name} should count its updates, {source} holds step={step}")
 
     def _own_names(self, held: Mapping[str, Any], param: Tensor, group: dict[str, Any]) -> set[str]:
         """Name what a state holds of ours; the rest is others', who may keep what they like beside it."""
@@ -847,6 +867,13 @@ def _checked_group(number: int, own: Mapping[str, Any], saved: dict[str, Any]) -
         if merged[name] != own[name]:
             raise ValueError(f"the checkpoint was written with {name}={merged[name]}, this SGC has {own[name]}")
     return merged
+
+
+def _saved(value: Any) -> Any:
+    """Return what is in a group without NumPy's numbers, which torch.load(weights_only=True) refuses."""
+    if type(value) in (tuple, list):
+        return type(value)(map(_saved, value))
+    return value if isinstance(value, Tensor) else plain(value)
 
 
 def _listed(params: Any) -> Any:

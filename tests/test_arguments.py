@@ -118,9 +118,11 @@ def test_a_bad_argument_is_refused_with_rule_and_value_and_nothing_changes(error
         (torch.zeros(8, 64).to_sparse().requires_grad_(), TypeError, r"parameter 0 is torch\.float32 in torch\.sparse"),
         ([1.0, 2.0], TypeError, "SGC trains tensors, parameter 0 is list"),
         (("layer.weight", trained(dtype=torch.complex64)), TypeError, r"layer\.weight is torch\.complex64"),
+        (trained(dtype=torch.float8_e4m3fn), TypeError, r"parameter 0 is torch\.float8_e4m3fn"),
+        (torch.nn.UninitializedParameter(), TypeError, "parameter 0 has none yet: run the model once before"),
         (trained(2**27, dtype=torch.float16), ValueError, "parameter 0: one chunk of 134217728 entries"),
     ],
-    ids=["complex", "sparse", "no tensor", "named", "too large"],
+    ids=["complex", "sparse", "no tensor", "named", "narrow", "lazy", "too large"],
 )
 def test_a_parameter_that_cannot_be_trained_is_refused_by_name(param, error, sentence):
     with pytest.raises(error, match=sentence):
@@ -360,15 +362,69 @@ def test_the_choice_of_an_implementation_changes_nothing(name, value):
     assert steps[0].equal(steps[1])
 
 
-@pytest.mark.parametrize("value", NONSENSE, ids=lambda value: f"{type(value).__name__}")
-def test_a_learning_rate_that_a_scheduler_spoils_is_refused_at_the_step_and_nothing_moves(value):
-    param = torch.nn.Parameter(torch.ones(8, 64))
-    optimizer = SGC([param], **BASE)
-    param.grad = torch.ones(8, 64)
-    optimizer.param_groups[0]["lr"] = value
-    with pytest.raises((TypeError, ValueError), match=r"\blr must"):
+def train_once(model, optimizer):
+    model(torch.ones(2, 64)).sum().backward()  # compressed gradients need the hyperparameters here already
+    optimizer.step()
+
+
+@pytest.mark.parametrize("attach", [False, True])
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_what_the_constructor_refuses_is_refused_in_a_group_too_and_nothing_moves(name, attach):
+    model = torch.nn.Linear(64, 8)
+    optimizer = SGC(model.parameters(), **BASE)
+    if attach:
+        optimizer.attach(model)
+    train_once(model, optimizer)
+    optimizer.zero_grad()
+    before, sound_one = [param.clone() for param in model.parameters()], optimizer.param_groups[0][name]
+    refused = [value for value in NONSENSE if refusal(lambda value=value: SGC([matrix()], **{**BASE, name: value}))[1]]
+    assert len(refused) > 5
+    for value in refused:
+        optimizer.param_groups[0][name] = value
+        with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b"):
+            train_once(model, optimizer)
+    optimizer.param_groups[0][name] = sound_one
+    assert all(map(torch.equal, before, model.parameters()))
+    optimizer.zero_grad()
+    train_once(model, optimizer)
+    assert not any(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_what_a_scheduler_writes_into_a_group_is_saved_in_its_plain_form(name):
+    optimizer = SGC([matrix()], **BASE)
+    for guise in guises(sound(name)):
+        if isinstance(guise, np.generic | np.ndarray) and not guise.shape:
+            optimizer.param_groups[0][name] = guise
+            through_a_file(optimizer.state_dict())
+    if name == "betas":
+        optimizer.param_groups[0]["betas"] = (np.float64(0.8), np.float32(0.5))
+        assert through_a_file(optimizer.state_dict())["param_groups"][0]["betas"] == (0.8, 0.5)
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (4, 64), (16, 64), (512,)])
+@pytest.mark.parametrize("changed", [{}, {"sketch_size": 0, "sparsity": None}, {"min_size": 1 << 20}], ids=str)
+def test_a_parameter_that_has_changed_its_shape_is_refused_by_name(changed, shape):
+    weight = matrix()
+    optimizer = SGC([("weight", weight)], **{**BASE, **changed})
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    weight.grad = None
+    weight.data = torch.ones(shape)
+    weight.grad = torch.ones(shape)
+    with pytest.raises(ValueError, match="the state of weight should hold .* it holds"):
         optimizer.step()
-    assert param.detach().equal(torch.ones(8, 64))
+    optimizer.state.clear()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_a_gradient_that_is_no_real_floating_point_tensor_is_refused_by_name(dtype):
+    weight = matrix()
+    weight.grad_dtype = None  # any
+    weight.grad = torch.ones(weight.shape, dtype=dtype)
+    with pytest.raises(TypeError, match=f"real floating-point gradients, weight has one of {dtype}"):
+        SGC([("weight", weight)], **BASE).step()
 
 
 @pytest.mark.parametrize("given", [3, "params", [], {"lr": 1.0}, torch.zeros(3)], ids=repr)

@@ -242,15 +242,21 @@ def test_an_override_that_can_not_be_meant_is_refused_with_a_sentence(override, 
 @pytest.mark.parametrize(
     ("kwargs", "sentence"),
     [
+        ({"embeddings": 3}, "embeddings must be one of compressed, dense, frozen, got 3"),
         ({"embeddings": "sparse"}, "embeddings must be one of compressed, dense, frozen, got 'sparse'"),
         ({"sketch_size": -1}, "sketch_size must not be negative, got -1"),
         ({"compressed_gradients": True, "sparsity": 4, "min_size": 64}, "set sketch_size"),
         ({"sample_every": 4}, "set compressed_gradients=True"),
+        ({"compressed_gradients": "no"}, "compressed_gradients must be True or False, got 'no'"),
+        ({"compressed_gradients": True, "sample_every": True}, "sample_every must be a whole number or None, got True"),
+        ({"overrides": ["layers"]}, r"overrides must be a dict, by the names of modules, got \['layers'\]"),
+        ({"overrides": {1: "dense"}}, "overrides must be a dict, by the names of modules, got the key 1"),
+        ({"overrides": {"layers": None}}, r"overrides\['layers'\] must be a dict or one of .* got None"),
         ({"compressed_gradients": True, "sample_every": 0, "min_size": 64}, "at least 1, got 0"),
     ],
 )
 def test_arguments_that_can_not_be_meant_are_refused_with_a_sentence(kwargs, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises((TypeError, ValueError), match=sentence):
         create_sgc_optimizer(llama(), **kwargs)
 
 

@@ -284,6 +284,11 @@ def reload(training):
     training.optimizer.load_state_dict(copy.deepcopy(training.optimizer.state_dict()))
 
 
+def reload_in_inference_mode(training):
+    with torch.inference_mode():
+        reload(training)
+
+
 def add_a_group(training):
     training.added = torch.nn.Linear(16, 16)
     training.optimizer.add_param_group({"params": training.added.parameters()})
@@ -328,6 +333,7 @@ SURROUNDINGS = {
     "pickle": copied(lambda both: pickle.loads(pickle.dumps(both))),
     "attached again": halfway(Training.attach_again),
     "reloaded": halfway(reload),
+    "reloaded in inference mode": halfway(reload_in_inference_mode),
     "group added": halfway(add_a_group),
     "group removed": halfway(lambda training: training.optimizer.param_groups.pop()),
     "group emptied": halfway(lambda training: training.optimizer.param_groups[-1]["params"].clear()),
@@ -428,7 +434,7 @@ def test_a_group_of_other_sizes_needs_the_model_to_be_attached_again():
     optimizer.add_param_group({"params": model.parameters(), "sketch_size": 32})
     model(torch.randn(4, 32)).sum().backward()
     with pytest.raises(
-        RuntimeError, match=r"parameter 0 is in a group of other sizes .* call optimizer.attach\(model\)"
+        RuntimeError, match=r"parameter 0 or its group is of other sizes .* call optimizer.attach\(model\)"
     ):
         optimizer.step()
     model.zero_grad()
