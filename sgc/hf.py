@@ -351,7 +351,8 @@ class SGCCallback(TrainerCallback):
         if self._activations is not None:
             self._activations.remove()  # the run before has failed
         self._optimizer: SGC | None = None
-        self._gradients = self._sums = 0
+        self._first_step = self._sums = 0
+        self._gradients: int | None = None  # not measured yet
         self._activations = None
         self._errors: deque[float] = deque(maxlen=FAILED_PROBES)
         self._noise: tuple[float, dict[str, Any]] | None = None
@@ -378,6 +379,7 @@ class SGCCallback(TrainerCallback):
             _compare_arguments(args, self._optimizer)
             _say_left_out(missing)
             _say_unloaded(self._optimizer, state)
+        self._first_step = state.global_step
         self._skipped = self._optimizer.stats()["skipped_tensors"]
         device = _device(self._optimizer)
         if device.type != "cpu":
@@ -398,7 +400,8 @@ class SGCCallback(TrainerCallback):
     ) -> None:
         """Measure the gradients while they are held."""
         if self._optimizer is not None:
-            self._gradients = max(self._gradients, tensor_bytes(param.grad for param in kwargs["model"].parameters()))
+            held = tensor_bytes(param.grad for param in kwargs["model"].parameters())
+            self._gradients = max(self._gradients or 0, held)
             self._sums = max(self._sums, _sums_held(self._optimizer))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -436,11 +439,16 @@ class SGCCallback(TrainerCallback):
         if self._optimizer is None or not state.is_world_process_zero:
             return
         self._watch_gradients(self._optimizer.stats(), state)
+        path = Path(args.output_dir or ".") / "sgc_summary.json"
+        if 0 < state.global_step == self._first_step and path.exists():
+            return  # it tells of the run that is over
         summary = self.summary(state, kwargs["model"])
-        folder = Path(args.output_dir or ".")
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / "sgc_summary.json", summary)
-        _logger.info("%s\n%s", folder / "sgc_summary.json", _table(summary))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_json(path, summary)
+        except OSError as error:  # what has been trained must not be lost for it
+            _logger.warning("%s can't be written: %s", path, error.strerror)
+        _logger.info("%s\n%s", path, _table(summary))
 
     def summary(self, state: TrainerState, model: nn.Module) -> dict[str, Any]:
         """Give what `sgc_summary.json` holds; bytes are of this process.
@@ -479,7 +487,7 @@ class SGCCallback(TrainerCallback):
             activations = self._activations.bytes if self._activations is not None else None
         else:
             here = [param for param in model.parameters() if param.device == device]
-            held = tensor_bytes(here) + self._gradients + self._sums
+            held = tensor_bytes(here) + (self._gradients or 0) + self._sums
             held += tensor_bytes(_state_tensors(self._optimizer), device)
             peak = _peak_memory(device)
             activations = None if peak is None else max(0, peak - held)

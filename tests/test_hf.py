@@ -570,6 +570,28 @@ def test_the_summary_says_what_was_held_and_with_which_arguments(tmp_path, caplo
     assert any("SGC, 10 steps" in said and "sketches" in said for said in messages(caplog))
 
 
+def test_a_run_that_was_over_leaves_the_summary_and_says_of_gradients_that_none_were_seen(tmp_path, caplog):
+    run = trainer(tmp_path, callbacks=[SGCCallback()], max_steps=2)
+    run.train()
+    path = tmp_path / "sgc_summary.json"
+    written = path.read_bytes()
+
+    def resume_after_the_last_step():
+        handler = run.callback_handler
+        handler.on_train_begin(run.args, run.state, run.control)
+        handler.on_train_end(run.args, run.state, run.control)
+
+    resume_after_the_last_step()
+    assert path.read_bytes() == written
+    path.unlink()
+    resume_after_the_last_step()
+    assert json.loads(path.read_text())["memory"]["gradients"] is None
+    path.unlink()
+    path.mkdir()
+    run.train()  # what was trained is not lost for it
+    assert messages(caplog)[-1] == f"{path} can't be written: Is a directory"
+
+
 def test_a_summary_that_can_not_be_written_leaves_the_old_one(tmp_path):
     path = tmp_path / "sgc_summary.json"
     hf._write_json(path, {"steps": 1})
