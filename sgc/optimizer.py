@@ -294,9 +294,9 @@ class SGC(torch.optim.Optimizer):
 
     def _step(self) -> None:
         self._given_ids = {id(param) for params in self._given for param in params}
+        self._compare_ranks()
         for group in self.param_groups:  # schedulers and users write into them
             check_group(group)
-        self._compare_ranks()
         if self._compressor is not None:
             here = {param for _, param, _ in self._numbered()}
             if not self._compressor.slots.keys() <= here and any(id(param) not in self._given_ids for param in here):

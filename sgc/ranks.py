@@ -70,7 +70,7 @@ def _described(optimizer: SGC, group: Mapping[str, Any]) -> dict[str, Any]:
     """Describe a group: SGC's own arguments and its tensors, not what a sharding harness has put in their place."""
     names = group.get("param_names") or range(len(group["params"]))
     own = [
-        [str(name), str(list(param.shape)), str(param.dtype)]
+        [str(name), str(list(param.shape)), str(param.dtype), "trained" if param.requires_grad else "frozen"]
         for name, param in zip(names, group["params"], strict=False)
         if sharded.is_sharded(param) or _is_given(optimizer, param)
     ]

@@ -209,11 +209,13 @@ def refusal_of(act):
 def disagree(how):
     """Make the first step with what is this rank's."""
     rank = dist.get_rank()
-    kwargs, shapes, attach, groups = (
+    kwargs, shapes, attach, groups, frozen = (
         how.get(name, (default, default))[rank]
-        for name, default in (("kwargs", {}), ("shapes", 64), ("attach", None), ("groups", 1))
+        for name, default in (("kwargs", {}), ("shapes", 64), ("attach", None), ("groups", 1), ("frozen", 0))
     )
     model = torch.nn.Sequential(torch.nn.Linear(64, shapes), torch.nn.Linear(shapes, 64))
+    for param in list(model.parameters())[:frozen]:
+        param.requires_grad_(False)
     params = [{"params": list(model.parameters())[number::groups]} for number in range(groups)]
     optimizer = SGC(params, **{**SKETCHED, "sketch_size": 0 if attach else 16, **kwargs})
     forward = model
@@ -235,12 +237,13 @@ def disagree(how):
     [
         ({"kwargs": ({"lr": 1e-3}, {"lr": 2e-3})}, "lr=0.001 on rank 0, lr=0.002 on rank 1 (parameter group 0)"),
         ({"kwargs": ({"lr": torch.tensor(0.5)}, {"lr": torch.tensor(0.25)})}, "lr=0.5 on rank 0, lr=0.25 on rank 1"),
-        ({"shapes": (64, 32)}, "parameter 0 [64, 64] torch.float32 on rank 0, 0 [32, 64]"),
+        ({"shapes": (64, 32)}, "parameter 0 [64, 64] torch.float32 trained on rank 0, 0 [32, 64]"),
+        ({"frozen": (0, 1)}, "torch.float32 trained on rank 0, 0 [64, 64] torch.float32 frozen on rank 1"),
         ({"groups": (1, 2)}, "1 parameter groups on rank 0, 2 on rank 1"),
         ({"attach": (8, 4)}, "sample_every=8 on rank 0, sample_every=4 on rank 1"),
         ({"kwargs": ({"seed": 0}, {"seed": 1}), "attach": (8, 8)}, "seed=0 on rank 0, seed=1 on rank 1"),
     ],
-    ids=["lr", "lr as a tensor", "shapes", "groups", "sample_every", "attached"],
+    ids=["lr", "lr as a tensor", "shapes", "frozen", "groups", "sample_every", "attached"],
 )
 def test_ranks_that_disagree_are_all_refused_before_the_first_update_with_one_sentence(processes, how, sentence):
     first, second = processes.run(disagree, how)
