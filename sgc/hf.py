@@ -743,7 +743,8 @@ def _noise_error(group: Mapping[str, Any]) -> float:
 
 
 def _state_tensors(optimizer: SGC) -> Iterator[Tensor]:
-    return (value for held in optimizer.state.values() for value in held.values() if isinstance(value, Tensor))
+    states = (held for held in optimizer.state.values() if isinstance(held, dict))  # others may keep anything here
+    return (value for held in states for value in held.values() if isinstance(value, Tensor))
 
 
 def _sums_held(optimizer: SGC) -> int:
@@ -754,7 +755,7 @@ def _sums_held(optimizer: SGC) -> int:
 def _state_parts(optimizer: SGC) -> dict[str, int]:
     """Bytes of the state by component; what is in none of them (for `stats`) is the rest of `state_bytes`."""
     parts = dict.fromkeys(COMPONENTS, 0)
-    for held in optimizer.state.values():
+    for held in filter(lambda held: isinstance(held, dict), optimizer.state.values()):
         for component, names in COMPONENTS.items():  # of DeepSpeed's partitions, "7.row"
             found = [tensor for name, tensor in held.items() if name.rpartition(".")[2] in names]
             parts[component] += sum(tensor.numel() * tensor.element_size() for tensor in found)

@@ -759,7 +759,10 @@ class SGC(torch.optim.Optimizer):
             others = {}
             numbered = {number: (param, group) for number, param, group in self._numbered()}
             for number, held in state_dict["state"].items():
-                names = self._own_names(held, *numbered[number]) if number in numbered else set[str]()
+                if number not in numbered:
+                    others[number] = held  # of any kind
+                    continue
+                names = self._own_names(held, *numbered[number])
                 if PENDING in names:
                     pending[number] = held[PENDING]
                 own[number] = {name: value for name, value in held.items() if name in names and name != PENDING}
