@@ -30,7 +30,9 @@ def passages() -> tuple[torch.Tensor, torch.Tensor]:
 
     path = Path(os.environ["SGC_SHARED_DATA"]) / "glue" / "SST-2" / "train.tsv"
     lines = path.read_text(encoding="utf-8").splitlines()[1:4001]
-    ids = AutoTokenizer.from_pretrained(LLAMA)("\n".join(line.split("\t")[0] for line in lines))["input_ids"]
+    ids = AutoTokenizer.from_pretrained(LLAMA, trust_remote_code=False)(
+        "\n".join(line.split("\t")[0] for line in lines)
+    )["input_ids"]
     cut = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
     return cut[:-HELD_OUT], cut[-HELD_OUT:]
 
@@ -43,7 +45,9 @@ def train(optimizer_name: str, rate: float, seed: int) -> dict[str, Any]:
     learned, judged = passages()
     torch.manual_seed(seed)
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32), config)
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32, trust_remote_code=False), config
+    )
     trained = [param for param in model.parameters() if param.requires_grad]
     optimizer: torch.optim.Optimizer
     if optimizer_name == "AdamW":

@@ -47,7 +47,7 @@ def load_model(name: str, device: torch.device) -> tuple[nn.Module, int]:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     if name == "tiny":
-        model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, trust_remote_code=False)
     else:
         sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128256}
         heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True}

@@ -28,12 +28,15 @@ UPLINKS = ("sketched", "ideal", "analog")
 def untrained() -> dict[str, float]:
     """Judge the model that training starts from, as the recipe judges it."""
     args, notes = federated_finetune.parse([]), text_data.Notes()
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=False)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = text_data.plain_template(tokenizer)
     _, rows = federated_finetune.open_rows(args, notes)
     test, _ = federated_finetune.examples(rows, tokenizer, args.max_length, notes)
-    return evaluate(AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32), test)
+    return evaluate(
+        AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32, trust_remote_code=False),
+        test,
+    )
 
 
 def main() -> None:

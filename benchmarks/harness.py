@@ -9,12 +9,15 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from federated.files import sentence
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +36,19 @@ PACKAGES = (
     "torchao",
     "numba",
 )
+
+
+def said(main: Callable[[], None]) -> NoReturn:
+    """Run a benchmark's command; what it can't do is one sentence and exit code 2."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"{name}: {sentence(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: interrupted; the same command goes on where it was")
+    sys.exit()
 
 
 def provenance() -> dict[str, Any]:

@@ -74,8 +74,10 @@ def language_model() -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = shared_data() / "stories260k"
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
+    )
+    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 class Scored:

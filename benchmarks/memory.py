@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import peers
+from benchmarks import harness, peers
 from benchmarks.harness import add_row, claim, rows
 from recipes.report import tensors_in
 from sgc.planner import PlanError, plan
@@ -503,4 +503,4 @@ def _chosen(given: argparse.Namespace) -> list[Cell]:
 
 
 if __name__ == "__main__":
-    main()
+    harness.said(main)

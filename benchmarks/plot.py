@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import harness
 from benchmarks.peers import parse
 from benchmarks.quality import PROBE_EVERY, found
 from benchmarks.suites import SUITES, Suite
 from benchmarks.tables import Row, best_runs, on_front, points, setting_of, title
+from federated.files import check_folder
 
 COLORS = {"sgc": "#0b6e4f", "attached": "#0b6e4f", "adamw": "#c1440e", "frozen": "#7a7a7a", "lora": "#6a3d9a"}
 COLORS |= {"dora": "#6a3d9a", "galore": "#1f5fa8", "apollo": "#1f5fa8"}
@@ -236,6 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--result", default="quality", help="name of the file in benchmarks/results")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args(argv)
+    check_folder(arguments.output.parent, "the folder of --output")
     figure = PICTURES[arguments.picture](plt, [SUITES[name] for name in arguments.suite], found(arguments.result))
     figure.tight_layout()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -244,4 +247,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.said(main)

@@ -34,7 +34,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import peers
+from benchmarks import harness, peers
 from benchmarks.harness import add_row, claim, provenance, rows
 from benchmarks.suites import OWN, SUITES, Setting, Suite, altered, gpu_hours, own_suite, read_config
 from benchmarks.tables import VALIDATION, Row, chosen_on, fill, inside, rate_table, score, setting_of, table, title
@@ -464,9 +464,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"quality.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("quality.py: interrupted; the same command goes on where it was")
+    harness.said(main)

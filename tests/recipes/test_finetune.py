@@ -88,6 +88,14 @@ def test_the_same_command_makes_the_same_weights(smoke, tmp_path):
     assert same(weights(smoke), weights(tmp_path))
 
 
+def test_all_test_rows_are_judged_though_the_last_training_batch_is_dropped(tmp_path):
+    command = ["--output_dir", str(tmp_path), *QUICK, "--max_steps", "1", "--dataloader_drop_last"]
+    finetune.fine_tune([*command, "--per_device_eval_batch_size", "64"])  # more than the 16 test rows
+    assert results(tmp_path)["runs"][0]["after"]["loss"] > 0
+    with pytest.raises(ValueError, match="--dataloader_drop_last needs one whole batch, 81 .* or more, got 80"):
+        finetune.fine_tune([*command, "--per_device_train_batch_size", "81", "--overwrite_output_dir"])
+
+
 def interrupt_at(step, number=signal.SIGINT):
     """Return a callback's method that sends a signal to this process while step `step` is under way."""
 
@@ -200,7 +208,7 @@ def test_code_that_comes_with_a_model_runs_only_where_it_is_trusted(tmp_path, mo
 
 def test_every_model_and_tokenizer_is_opened_with_a_word_on_its_code():
     silent = []
-    for path in (ROOT / "recipes").rglob("*.py"):
+    for path in (*ROOT.glob("recipes/**/*.py"), *ROOT.glob("benchmarks/**/*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             opens = isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("from_pretrained", "from_config")
             if opens and not {"trust_remote_code", None} & {keyword.arg for keyword in node.keywords}:
