@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,23 @@ def check_file(path: Path, what: str) -> None:
         raise ValueError(f"{what} must be a file in a folder that is there, got '{path}'")
     if not os.access(near.parent if near == path else near, os.W_OK | os.X_OK):
         raise ValueError(f"{what} must be a file that may be written, got '{path}'")
+
+
+def check_apart(paths: Mapping[str, str | Path | None], written: Iterable[str]) -> None:
+    """Check that what a command writes lies over nothing else that it reads or writes.
+
+    Args:
+        paths: files by the argument that names them; None: it was not given.
+        written: the arguments whose files are written.
+
+    Raises:
+        ValueError: two arguments name one file; the sentence names both.
+    """
+    places = {name: os.path.realpath(path) for name, path in paths.items() if path is not None}
+    for name in written:
+        for other, place in places.items():
+            if other != name and places.get(name) == place:
+                raise ValueError(f"{name} must be another file than {other}, got '{paths[name]}' for both")
 
 
 def _nearest(path: Path, what: str) -> Path:

@@ -39,6 +39,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from tqdm import tqdm
 from transformers import (
@@ -665,6 +666,12 @@ def main() -> None:
     except SaveError as error:  # of any process: each has a disk of its own
         print(f"finetune.py: error: {error}", file=sys.stderr)
         sys.exit(1)
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+            raise
+        said = "it does not fit into memory: lower --per_device_train_batch_size, --per_device_eval_batch_size or"
+        print(f"finetune.py: error: {said} --max_length ({sentence(error)})", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt as stop:
         say("\ninterrupted: nothing was being trained, nothing is saved")
         sys.exit(128 + exit_number(stop))

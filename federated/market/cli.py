@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from federated.arguments import check_options
-from federated.files import check_file, check_folder, sentence
+from federated.files import check_apart, check_file, check_folder, sentence
 from federated.market import honesty
 from federated.market.features import ArrayFeatures, Extractor, batches, make_extractor, naming, open_rows
 from federated.market.privacy import Ledger, private_answer
@@ -123,6 +123,7 @@ def _open(args: argparse.Namespace) -> tuple[Extractor, Iterator[Tensor]]:
 def _query(args: argparse.Namespace) -> None:
     check_file(args.query, "--query")
     check_file(args.key, "--key")
+    check_apart({"--query": args.query, "--key": args.key, "data": args.data}, ("--query", "--key"))
     extractor, stream = _open(args)
     x = torch.cat(list(stream))
     query, key = make_query(x, extractor.encoder, directions=args.directions, decoys=args.decoys)
@@ -136,6 +137,8 @@ def _query(args: argparse.Namespace) -> None:
 
 def _answer(args: argparse.Namespace) -> None:
     check_file(args.out, "--out")
+    files = {"--out": args.out, "query": args.query, "data": args.data, "--ledger": args.ledger}
+    check_apart(files, ("--out", "--ledger"))
     query = BuyerQuery.load(args.query)
     extractor, stream = _open(args)
     query.encoder.check(extractor.encoder)  # before hours of embedding
@@ -168,6 +171,8 @@ def _answer(args: argparse.Namespace) -> None:
 def _rank(args: argparse.Namespace) -> None:
     if args.json is not None:
         check_file(args.json, "--json")
+        read = {f"{path}": path for path in (*args.responses, *args.key)}
+        check_apart({"--json": args.json, **read}, ("--json",))
     keys = {key.query: key for key in map(BuyerKey.load, args.key)}
     found: dict[str, dict[str, SellerResponse]] = {query: {} for query in keys}
     for response in map(SellerResponse.load, args.responses):

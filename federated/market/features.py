@@ -396,6 +396,8 @@ class HuggingFaceFeatures:
                     list(rows), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
                 )
             )
+            if not inputs["input_ids"].shape[1]:
+                raise ValueError(f"a text must have a token to be embedded, got {rows[0]!r}")
         return {name: x.to(self.model.device) for name, x in inputs.items()}
 
     def _image(self, row: Any) -> Any:

@@ -106,6 +106,23 @@ def interrupt_at(step, number=signal.SIGINT):
     return on_step_begin
 
 
+def test_what_does_not_fit_into_memory_is_a_sentence_and_any_other_failure_is_none(monkeypatch, capsys):
+    def failing(error):
+        def fine_tune(_):
+            raise error
+
+        monkeypatch.setattr(finetune, "fine_tune", fine_tune)
+        finetune.main()
+
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")):
+        with pytest.raises(SystemExit) as stop:
+            failing(error)
+        assert stop.value.code == 2
+        assert "does not fit into memory: lower --per_device_train_batch_size" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="a fault"):
+        failing(RuntimeError("a fault"))
+
+
 def test_signals_within_two_seconds_are_one_and_a_later_one_ends_the_run_at_once(monkeypatch):
     now = [100.0]
     stop = finetune.StopOnSignal()

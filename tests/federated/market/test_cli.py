@@ -96,7 +96,7 @@ def test_text_files_are_embedded_by_a_hugging_face_encoder(market: Path, capsys:
     ("command", "sentence"),
     [
         (["query", "nowhere.npy", "--encoder", "vectors"], "does not exist"),
-        (["query", "buyer.key", "--encoder", "vectors"], "data must be one of"),
+        (["query", "buyer.key", "--encoder", "vectors", "--key", "k"], "data must be one of"),
         (["query", "buyer.npy", "--encoder", "vectors", "--directions", "30"], "at least 120 rows"),
         (["answer", "buyer.npy", "same.npy", "--encoder", "vectors", "--name", "x"], "no safetensors file"),
         (["answer", "query.safetensors", "same.npy", "--encoder", "pixels", "--name", "x"], "same encoder"),
@@ -168,6 +168,34 @@ def test_what_is_wrong_is_a_sentence_and_exit_code_2(
     assert sentence in got.err
     assert got.err.count("\n") == 1
     assert got.out == ""
+
+
+NO_OVERWRITING = [
+    (["query", "buyer.npy", "--query", "same", "--key", "same"], "--query must be another file than --key"),
+    (["query", "buyer.npy", "--query", "buyer.npy"], "--query must be another file than data"),
+    (["query", "buyer.npy", "--key", "./buyer.npy"], "--key must be another file than data"),
+    (["answer", "query.safetensors", "same.npy", "--out", "same.npy"], "--out must be another file than data"),
+    (
+        ["answer", "query.safetensors", "same.npy", "--out", "query.safetensors"],
+        "--out must be another file than query",
+    ),
+    (["answer", "query.safetensors", "same.npy", "--out", "l", "--ledger", "l"], "--out must be another file than"),
+    (["answer", "query.safetensors", "same.npy", "--ledger", "same.npy"], "--ledger must be another file than data"),
+    (["rank", "same.json", "--key", "buyer.key", "--json", "buyer.key"], "--json must be another file than buyer.key"),
+    (["rank", "same.json", "--key", "buyer.key", "--json", "same.json"], "--json must be another file than same.json"),
+]
+
+
+@pytest.mark.parametrize(("command", "sentence"), NO_OVERWRITING)
+def test_no_command_writes_over_what_it_reads_or_writes(
+    market: Path, capsys: pytest.CaptureFixture[str], command: list[str], sentence: str
+) -> None:
+    more = {"query": ["--encoder", "vectors"], "answer": ["--encoder", "vectors", "--name", "x", "--epsilon", "1"]}
+    before = {path.name: path.read_bytes() for path in market.iterdir()}
+    capsys.readouterr()
+    assert main([*command, *more.get(command[0], [])]) == 2
+    assert sentence in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in market.iterdir()} == before
 
 
 def test_help_tells_of_the_three_commands(capsys: pytest.CaptureFixture[str]) -> None:
