@@ -41,8 +41,8 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
     },
     "llama": {
         "": (1e-3, 3e-3, 1e-2),
-        # from here to "scale" nobody has tried yet: rows say whether the best lay inside
         "adalomo": (1e-2, 3e-2, 1e-1),
+        # from here to "scale" these are first guesses: rows say whether the best lay inside
         "lion": (1e-4, 3e-4, 1e-3),
         "sm3": (3e-2, 1e-1, 3e-1),
         "fira": (3e-3, 1e-2, 3e-2),

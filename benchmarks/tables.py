@@ -102,6 +102,15 @@ def complete(found: list[Row], setting: Setting, optimizer: str, suite: Suite) -
     return len(first) == len(suite.rates_of(setting.task, optimizer)) and len(runs) == len(suite.seeds)
 
 
+def together(found: list[Row], setting: Setting, names: tuple[str, ...], suite: Suite) -> list[Row]:
+    """Return the rows of one split in which all of the optimizers are complete, of the validation split if they are."""
+    for split in (VALIDATION, TEST):
+        rows = [row for row in found if chosen_on(row) == split]
+        if all(complete(rows, setting, name, suite) for name in names):
+            return rows
+    return []
+
+
 def on_front(points: dict[str, tuple[float, float]]) -> set[str]:
     """Name the points (bytes, score) than which no other has a higher score with no more bytes."""
     return {
@@ -184,19 +193,21 @@ def _parts(found: list[Row], setting: Setting, optimizer: str, suite: Suite, fro
 
 
 def _gain(found: list[Row], optimizer: str, suite: Suite) -> list[str]:
-    means = [_mean_over_settings(found, against, optimizer, suite) for against in (optimizer, "frozen", "adamw")]
-    mean, frozen, adamw = means
-    if mean is None:
+    alone = _mean_over_settings(found, optimizer, (optimizer,), suite)
+    if alone is None:
         return ["missing", "missing"]
-    return [f"{mean:.3f}", "" if frozen is None or adamw is None else f"{(mean - frozen) / (adamw - frozen):.0%}"]
+    three = (optimizer, "frozen", "adamw")
+    mean, frozen, adamw = (_mean_over_settings(found, name, three, suite) for name in three)
+    gained = mean is not None and frozen is not None and adamw is not None
+    return [f"{alone:.3f}", f"{(mean - frozen) / (adamw - frozen):.0%}" if gained else ""]
 
 
-def _mean_over_settings(found: list[Row], against: str, optimizer: str, suite: Suite) -> float | None:
-    """Return the mean of `against` on what `optimizer` was run on."""
-    rows = {setting: comparable(found, setting, optimizer, suite) for setting in suite.settings}
-    if not all(complete(rows[setting], setting, against, suite) for setting in suite.settings):
+def _mean_over_settings(found: list[Row], name: str, beside: tuple[str, ...], suite: Suite) -> float | None:
+    """Return the mean of `name` on rows that all of `beside` have; None: somebody's runs are missing."""
+    rows = {setting: together(found, setting, beside, suite) for setting in suite.settings}
+    if not all(rows.values()):
         return None
-    runs = [best_runs(rows[setting], setting, against, suite) for setting in suite.settings]
+    runs = [best_runs(rows[setting], setting, name, suite) for setting in suite.settings]
     return statistics.fmean(statistics.fmean(run["metric"] for run in seeds) for seeds in runs)
 
 
@@ -229,21 +240,20 @@ def gain_table(chosen: list[Suite], found: list[Row]) -> str:
     Only optimizers of which no run is missing in any of the suites are drawn, and each must be in all of them.
     """
     settings = [(suite, suite.settings[0]) for suite in chosen]
-    names = [name for name in chosen[0].optimizers if all(complete(found, at, name, suite) for suite, at in settings)]
     head = ["optimizer", *(title(at) for _, at in settings), "mean"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     rows = {}
-    for name in names:
+    for name in chosen[0].optimizers:
+        three = (name, "frozen", "adamw")
+        held = [together(found, at, three, suite) for suite, at in settings]
+        if not all(held):
+            continue
         shares = []
-        for suite, at in settings:
-            held = comparable(found, at, name, suite)
-            runs = [best_runs(held, at, each, suite) for each in (name, "frozen", "adamw")]
-            if not all(runs):
-                break
+        for (suite, at), here in zip(settings, held, strict=True):
+            runs = [best_runs(here, at, each, suite) for each in three]
             mean, frozen, adamw = (statistics.fmean(run["metric"] for run in each) for each in runs)
             shares.append((mean - frozen) / (adamw - frozen))
-        else:
-            rows[name] = [*shares, statistics.fmean(shares)]
+        rows[name] = [*shares, statistics.fmean(shares)]
     for name, shares in sorted(rows.items(), key=lambda item: -item[1][-1]):
         lines.append(f"| `{name}` | " + " | ".join(f"{share:.0%}" for share in shares) + " |")
     return "\n".join(lines)

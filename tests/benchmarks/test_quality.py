@@ -478,6 +478,21 @@ def test_gains_are_shares_of_adamws_over_the_frozen_body(monkeypatch):
     ]
 
 
+def test_gains_are_of_rows_chosen_on_one_split(monkeypatch):
+    """AdamW has run again with a validation split, the frozen body has not: all three are taken from the older rows."""
+    suite = Suite((SETTING,), ("adamw", "frozen", "sgc()"), {"": (1e-2,)}, (0, 1))
+    monkeypatch.setitem(suites.SUITES, "small", suite)
+    means = {"adamw": 0.6, "frozen": 0.2, "sgc()": 0.7}
+    found = [old_row(name, 1e-2, seed, mean) for name, mean in means.items() for seed in (0, 1)]
+    found += [row(name, 1e-2, seed, 5.0) for name in ("adamw", "sgc()") for seed in (0, 1)]
+    shares = [line.split(" | ")[-1] for line in tables.gain_table([suite], found).splitlines()[2:]]
+    assert shares == ["125% |", "100% |", "0% |"]
+    two = suite._replace(settings=(SETTING, SETTING._replace(steps=13)))
+    both = found + [{**one, "steps": 13} for one in found]
+    ends = [line.split(" | ")[-1] for line in tables.table(two, both).splitlines()[2:]]
+    assert ends == ["100% |", "0% |", "125% |"]
+
+
 # ---- models and data of one's own ------------------------------------------------------------------------------------
 
 
