@@ -899,13 +899,8 @@ def _numbered_state(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rates(group: Mapping[str, Any]) -> tuple[float, float]:
-    """Return the learning rate of a step, negative where the group ascends, and its weight decay.
-
-    Raises:
-        TypeError: what a scheduler or the user has put there is no number.
-        ValueError: it is negative or not finite.
-    """
-    lr = rate("lr", group["lr"])
+    """Return the learning rate, which the step has judged, negative where the group ascends, and its weight decay."""
+    lr = float(group["lr"])
     return -lr if group["maximize"] else lr, lr * group["weight_decay"]
 
 

@@ -231,7 +231,7 @@ def _pauses(seconds: float) -> Iterator[None]:
         yield
         if time.monotonic() > end:
             return
-        time.sleep(pause)
+        time.sleep(pause)  # a store's own wait would end with its timeout, and look after nobody meanwhile
         pause = min(2 * pause, 0.25)
 
 
