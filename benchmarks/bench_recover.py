@@ -26,7 +26,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.bench_sparsify import on, paths
-from sgc import fused
+from sgc.backends import fused
 from sgc.codec.layout import make_layout
 from sgc.codec.project import Projection
 from sgc.codec.recover import METHODS, recover

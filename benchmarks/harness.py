@@ -279,13 +279,14 @@ def device_of(name: str | None) -> torch.device:
 
 def fast_path(device: torch.device) -> str | None:
     """Name the path beside torch that SGC can take here: "triton" or "numba"; None: there is no other."""
-    from sgc import compiled, dispatch
+    from sgc import backends
+    from sgc.backends import numba as compiled
 
     with environment(SGC_KERNELS="auto"):
         if device.type == "cpu":
             found = compiled.choose().path
         else:
-            found = dispatch.choose("encode", device).path
+            found = backends.choose("encode", device).path
     return None if found == "torch" else found
 
 

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from sgc import memory
 from sgc.checks import flag, plain, rate, real, sequence, shown, whole, word
 from sgc.codec.layout import matrix_shape
 from sgc.codec.project import check_projection
 from sgc.codec.recover import METHODS
 from sgc.moments import FACTORED, RULES
-from sgc.storage import STATE_DTYPES, check_state_dtype
+from sgc.state import STATE_DTYPES, check_state_dtype, has_basis, tensor_layout
 
 SKETCH_PER_ENTRY = 8  # numbers of a sketch per entry encoded, where `sparsity` is not given
 
@@ -138,10 +137,10 @@ def check_param(param: Any, number: int, group: dict[str, Any]) -> None:
         raise TypeError(f"SGC needs the shapes of what it trains, {name} has none yet: run the model once before")
     if tensor.dtype not in TRAINED or tensor.layout is not torch.strided:
         raise TypeError(f"SGC trains dense real floating-point tensors, {name} is {tensor.dtype} in {tensor.layout}")
-    layout = memory.tensor_layout(tensor.shape, group)
+    layout = tensor_layout(tensor.shape, group)
     if layout is None:
         return
-    if memory.has_basis(tensor.shape, group):
+    if has_basis(tensor.shape, group):
         rows, cols = matrix_shape(tuple(tensor.shape))
         if group["rank"] > min(rows, cols):
             raise ValueError(f"rank must be at most {min(rows, cols)} for {name} ({rows}×{cols}), got {group['rank']}")

@@ -12,7 +12,8 @@ from importlib import metadata
 import torch
 
 import sgc
-from sgc import compiled, dispatch
+from sgc import backends
+from sgc.backends import numba as compiled
 from sgc.codec.layout import make_layout
 from sgc.step import apply_memoryless
 
@@ -50,7 +51,7 @@ def path_of(stage: str, device: torch.device) -> tuple[str, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the reason is in the report
-            chosen = dispatch.choose(stage, device)
+            chosen = backends.choose(stage, device)
         if device.type == "cpu" and not chosen.fused:
             chosen = compiled.choose()
     except (RuntimeError, ValueError) as error:
@@ -70,7 +71,7 @@ def _versions() -> Iterator[str]:
 
 
 def _environment() -> Iterator[str]:
-    for name in (dispatch.VARIABLE, "TRITON_INTERPRET"):
+    for name in (backends.VARIABLE, "TRITON_INTERPRET"):
         yield f"{name}: {os.environ.get(name) or 'not set'}"
 
 
@@ -103,7 +104,7 @@ def _check(device: torch.device) -> str:
 
 
 def _difference(device: torch.device) -> float:
-    from sgc.kernels.batch import Batch, Entry
+    from sgc.backends.triton.batch import Batch, Entry
 
     generator = torch.Generator().manual_seed(0)
     gradient = torch.randn(64, 96, generator=generator).to(device)
@@ -124,12 +125,12 @@ def _difference(device: torch.device) -> float:
 
 @contextmanager
 def _forced(path: str) -> Iterator[None]:
-    before = os.environ.get(dispatch.VARIABLE)
-    os.environ[dispatch.VARIABLE] = path
+    before = os.environ.get(backends.VARIABLE)
+    os.environ[backends.VARIABLE] = path
     try:
         yield
     finally:
         if before is None:
-            del os.environ[dispatch.VARIABLE]
+            del os.environ[backends.VARIABLE]
         else:
-            os.environ[dispatch.VARIABLE] = before
+            os.environ[backends.VARIABLE] = before

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgc import memory
+from sgc.backward.compressed import CompressedGradient
 from sgc.checks import flag, shown, whole, word
 from sgc.codec.project import Projection
 from sgc.codec.recover import recover
-from sgc.compressed_grad import CompressedGradient
 from sgc.optimizer import PROBE_EVERY, SGC
+from sgc.state import tensor_layout
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -730,7 +730,7 @@ def _noise_error(group: Mapping[str, Any]) -> float:
     that recovery must beat. 0 where nothing is recovered from a sketch. (ours)
     """
     k, recovered = group["sketch_size"], group["recovered"]
-    layouts = [memory.tensor_layout(param.shape, group) for param in group["params"]]
+    layouts = [tensor_layout(param.shape, group) for param in group["params"]]
     chunks = [layout.chunk for layout in layouts if layout is not None and layout.chunk > k]
     if not k or not chunks:
         return 0.0

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from sgc import dispatch, memory, moments, ranks, sharded
+from sgc import backends, moments
 from sgc.arguments import check_group, check_param, warn_small_sketch
+from sgc.backward.compressed import FACTOR, CompressedGradient, Compressor
 from sgc.checks import plain, rate, shown, whole
 from sgc.codec.layout import Layout
 from sgc.codec.project import Projection, mix
-from sgc.compressed_grad import FACTOR, CompressedGradient, Compressor
+from sgc.parallel import fsdp2, ranks
+from sgc.parallel.zero import Partition, Piece, Tools, find_pieces, on_cpu
+from sgc.state import NAMES, budget_ladder, has_basis, projection_bytes, schema_bytes, state_schema, tensor_layout
 from sgc.step import (
     PROBED_CHUNKS,
     Update,
@@ -34,12 +37,11 @@ from sgc.step import (
     square_sums,
 )
 from sgc.surroundings import has_numbers, shielded
-from sgc.zero import Partition, Piece, Tools, find_pieces, on_cpu
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from sgc.kernels.batch import Batch, Entry, Pending, Sparse
+    from sgc.backends.triton.batch import Batch, Entry, Pending, Sparse
 
 PENDING = "pending"  # in a checkpoint, beside the state of a tensor: its compressed gradient
 PROBE_EVERY = 10  # steps from one look at the recovery to the next
@@ -179,7 +181,7 @@ class SGC(torch.optim.Optimizer):
         state_bytes = whole("state_bytes", state_bytes)
         params = [_listed(param) for param in params]
         smallest, refused = math.inf, None
-        for picked in memory.budget_ladder(kwargs):
+        for picked in budget_ladder(kwargs):
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # a candidate's warning is not the user's
@@ -329,7 +331,7 @@ class SGC(torch.optim.Optimizer):
         sums = [_sums(*entry[1:]) for entry in ready]
         norms = _norms([gradient for _, _, gradient, _ in ready], sums)
         moving = (entry[2] for entry, norm in zip(ready, norms, strict=True) if math.isfinite(norm) and norm > 0)
-        sharded.reduce_sketches((part for part in moving if isinstance(part, sharded.Part)), self._projection)
+        fsdp2.reduce_sketches((part for part in moving if isinstance(part, fsdp2.Part)), self._projection)
         for (number, param, gradient, group), norm, known in zip(ready, norms, sums, strict=True):
             if not math.isfinite(norm):
                 self._skipped += 1
@@ -346,7 +348,7 @@ class SGC(torch.optim.Optimizer):
             raise TypeError(
                 f"SGC needs real floating-point gradients, {self._name_of(param)} has one of {gradient.dtype}"
             )
-        if sharded.is_flattened(param):
+        if fsdp2.is_flattened(param):
             raise TypeError(
                 f"SGC needs the shapes of the tensors it trains, and FSDP1 has flattened {self._name_of(param)}: use "
                 "FSDP2, which is torch.distributed.fsdp.fully_shard, or fsdp_version: 2 in accelerate's configuration"
@@ -367,7 +369,7 @@ class SGC(torch.optim.Optimizer):
             return
         name = self._parameter_name(number)
         check_param((name, param), number, group)
-        if not sharded.is_sharded(param):
+        if not fsdp2.is_sharded(param):
             self._check_state(name, self.state.get(param, {}), param, group, "it")
         self._judged[param] = sizes
 
@@ -389,7 +391,7 @@ class SGC(torch.optim.Optimizer):
         """Take out the tensors that kernels update together, by device."""
         rest, batches = [], dict[torch.device, "list[Entry]"]()
         fused = {
-            device: dispatch.choose("apply", device).fused for device in {param.device for _, param, _, _ in ready}
+            device: backends.choose("apply", device).fused for device in {param.device for _, param, _, _ in ready}
         }
         for one in ready:
             entry = self._entry(*one) if fused[one[1].device] else None
@@ -399,20 +401,20 @@ class SGC(torch.optim.Optimizer):
                 batches.setdefault(entry.weight.device, []).append(entry)
         for device in batches:
             if device not in self._batches:
-                from sgc.kernels.batch import Batch
+                from sgc.backends.triton.batch import Batch
 
                 self._batches[device] = Batch(device)
         return rest, batches
 
     def _entry(self, number: int, param: Tensor, gradient: Any, group: dict[str, Any]) -> Entry | None:
         """Give what a batch needs to update a whole tensor, or None where it can't."""
-        layout = memory.tensor_layout(param.shape, group)
-        if type(gradient) is not Tensor or sharded.is_sharded(param) or not param.numel():
+        layout = tensor_layout(param.shape, group)
+        if type(gradient) is not Tensor or fsdp2.is_sharded(param) or not param.numel():
             return None
         is_sparse = layout is not None and group["recovered"] is not None
-        if layout is not None and (memory.has_basis(param.shape, group) or (is_sparse and not _batched(group))):
+        if layout is not None and (has_basis(param.shape, group) or (is_sparse and not _batched(group))):
             return None
-        from sgc.kernels.batch import Entry, obstacle, sparse_obstacle
+        from sgc.backends.triton.batch import Entry, obstacle, sparse_obstacle
 
         why_not, sparse = obstacle(param, gradient), None
         if why_not is None and layout is not None and is_sparse:
@@ -420,7 +422,7 @@ class SGC(torch.optim.Optimizer):
             why_not = sparse_obstacle(param, layout, gradient.dtype, sparse, group["recovery"])
             if why_not is not None:
                 return None  # the stages say why, each for itself
-        if why_not is not None and not dispatch.choose("apply", param.device, why_not).fused:
+        if why_not is not None and not backends.choose("apply", param.device, why_not).fused:
             return None
         signed_lr, decay = _rates(group)
         if layout is not None:
@@ -433,7 +435,7 @@ class SGC(torch.optim.Optimizer):
 
     def _sparse(self, param: Tensor, layout: Layout, group: dict[str, Any]) -> Sparse:
         """Say how a batch makes the update of a tensor sparse."""
-        from sgc.kernels.batch import Sparse
+        from sgc.backends.triton.batch import Sparse
 
         def noted(index: Tensor, value: Tensor, target: Tensor | None) -> None:
             self._probe(param, layout, projection, group, Update(index, value, target))
@@ -459,7 +461,7 @@ class SGC(torch.optim.Optimizer):
 
     def _partition(self, param: Tensor) -> Partition | None:
         """Give the pieces of a tensor that DeepSpeed has put in the place of others."""
-        if param not in self._partitions and not sharded.is_sharded(param):
+        if param not in self._partitions and not fsdp2.is_sharded(param):
             found = None
             if id(param) not in self._given_ids:
                 found = find_pieces(param, [tensor for params in self._given for tensor in params])
@@ -487,12 +489,12 @@ class SGC(torch.optim.Optimizer):
         """Put this rank's parts in the place of sharded gradients, their statistics summed over the ranks."""
         parts = {}
         for number, param, gradient, group in ready:
-            if sharded.is_sharded(param):
+            if fsdp2.is_sharded(param):
                 name = self._parameter_name(number)
-                shard = sharded.shard_of(param, group, name)
+                shard = fsdp2.shard_of(param, group, name)
                 state = self._state_of(param, group)
-                parts[number] = sharded.Part(param, gradient, state, group, shard, name)
-        sharded.reduce_statistics(list(parts.values()))
+                parts[number] = fsdp2.Part(param, gradient, state, group, shard, name)
+        fsdp2.reduce_statistics(list(parts.values()))
         return [(number, param, parts.get(number, gradient), group) for number, param, gradient, group in ready]
 
     def _compare_ranks(self, ddp_ranks: Sequence[int] | None = None, refusal: str | None = None) -> None:
@@ -532,8 +534,8 @@ class SGC(torch.optim.Optimizer):
         sums: tuple[Tensor, Tensor] | None,
     ) -> None:
         """Update one tensor, given what `_sums` gives; without `moves`, only decay it."""
-        part = gradient if isinstance(gradient, sharded.Part) else None
-        state, layout = self._state_of(param, group), memory.tensor_layout(param.shape, group)
+        part = gradient if isinstance(gradient, fsdp2.Part) else None
+        state, layout = self._state_of(param, group), tensor_layout(param.shape, group)
         own = param
         if part is not None:
             state, own, gradient = part.state, part.weight, part.gradient
@@ -558,7 +560,7 @@ class SGC(torch.optim.Optimizer):
                 applied = part.apply(weight, projection, scaled, decay, generator, rounding)
                 if applied is not None:
                     self._probe(param, applied[1], projection, group, applied[0])
-            elif memory.has_basis(param.shape, group):
+            elif has_basis(param.shape, group):
                 dense, sparse = lowrank_update(gradient, state, layout, projection, group, generator)
                 apply_dense(weight, dense, scaled, decay, rounding)
                 self._probe(param, layout, projection, group, sparse)
@@ -586,10 +588,10 @@ class SGC(torch.optim.Optimizer):
         state = self.state[param]
         if "step" in state:
             return state
-        if sharded.is_sharded(param):
-            state.update(sharded.make_state(param, group, sharded.shard_of(param, group, "a parameter")))
+        if fsdp2.is_sharded(param):
+            state.update(fsdp2.make_state(param, group, fsdp2.shard_of(param, group, "a parameter")))
         else:
-            for name, (shape, dtype) in memory.state_schema(param.shape, group).items():
+            for name, (shape, dtype) in state_schema(param.shape, group).items():
                 device = "cpu" if name == "step" else param.device
                 state[name] = torch.zeros(shape, dtype=dtype, device=device)
         return state
@@ -660,7 +662,7 @@ class SGC(torch.optim.Optimizer):
         """
         self._settle()
         tensors = {id(param): param for param in (*self.held_tensors(), *self._partitions)}
-        parameters = sum(sharded.local(param).numel() for param in tensors.values())
+        parameters = sum(fsdp2.local(param).numel() for param in tensors.values())
         held = self.state_bytes()
         probes = torch.stack([probe.cpu() for probe in self._probes]) if self._probes else _NOT_PROBED
         left, whole = probes[:, 0].sum().item(), probes[:, 1].sum().item()
@@ -686,7 +688,7 @@ class SGC(torch.optim.Optimizer):
         """Count the bytes really held: every state tensor, A, compressed gradients, and what is kept for `stats`."""
         states = (held for held in self.state.values() if isinstance(held, dict))  # others may keep what they like here
         state = (value for held in states for value in held.values() if isinstance(value, Tensor))
-        tensors = [*map(sharded.local, state), *self._supports.values(), *self._probes]
+        tensors = [*map(fsdp2.local, state), *self._supports.values(), *self._probes]
         held = sum(t.numel() * t.element_size() for t in tensors) + sum(p.bytes() for p in self._projections.values())
         return held + (0 if self._compressor is None else self._compressor.bytes())
 
@@ -699,14 +701,14 @@ class SGC(torch.optim.Optimizer):
             shapes = [param.shape for param in trained]
             total += sum(_expected_bytes(param, group) for param in trained)
             key = (group["sketch_size"], group["seed"])
-            shared[key] = max(shared.get(key, 0), memory.projection_bytes(shapes, group))
+            shared[key] = max(shared.get(key, 0), projection_bytes(shapes, group))
         return total + sum(shared.values())
 
     def _probe_bytes(self) -> int:
         """Bytes that `stats` may hold beside the state: the supports and sums of a probe."""
         total = 0
         for _, param, group in self._numbered():
-            layout = memory.tensor_layout(param.shape, group)
+            layout = tensor_layout(param.shape, group)
             if param.requires_grad and layout is not None and group["recovered"] is not None:
                 total += min(layout.chunks, PROBED_CHUNKS) * min(group["recovered"], layout.chunk) * 8 + 12
         return total
@@ -772,13 +774,13 @@ class SGC(torch.optim.Optimizer):
         def put_own(_: Any) -> None:
             for number, param, group in self._numbered():
                 saved = own.get(number)
-                if saved and sharded.is_sharded(param):
-                    shard = sharded.shard_of(param, group, self._parameter_name(number))
-                    self.state[param].update(sharded.load_state(saved, param, group, shard))
+                if saved and fsdp2.is_sharded(param):
+                    shard = fsdp2.shard_of(param, group, self._parameter_name(number))
+                    self.state[param].update(fsdp2.load_state(saved, param, group, shard))
                     continue
                 for name, value in (saved or {}).items():
                     device = "cpu" if on_cpu(name) else param.device
-                    self.state[param][name] = sharded.whole(value).detach().to(device=device, copy=True)
+                    self.state[param][name] = fsdp2.whole(value).detach().to(device=device, copy=True)
             if self._compressor is not None:
                 self._compressor.restore(pending)
 
@@ -830,21 +832,21 @@ class SGC(torch.optim.Optimizer):
         if partition is not None:
             partition.check_state(held, group)
             return
-        schema = memory.state_schema(param.shape, group)
-        found = {key: _described(held[key]) for key in sorted(memory.NAMES & held.keys())}
+        schema = state_schema(param.shape, group)
+        found = {key: _described(held[key]) for key in sorted(NAMES & held.keys())}
         expected = {key: (shape, dtype) for key, (shape, dtype) in sorted(schema.items())}
         if found and found != expected:
             raise ValueError(
                 f"the state of {name} should hold {expected} for a parameter of shape {tuple(param.shape)}, "
                 f"{source} holds {found}"
             )
-        if found and not 0 <= (step := sharded.whole(held["step"]).item()) < math.inf:
+        if found and not 0 <= (step := fsdp2.whole(held["step"]).item()) < math.inf:
             raise ValueError(f"the state of {name} should count its updates, {source} holds step={step}")
 
     def _own_names(self, held: Mapping[str, Any], param: Tensor, group: dict[str, Any]) -> set[str]:
         """Name what a state holds of ours; the rest is others', who may keep what they like beside it."""
         partition = self._partition(param)
-        names = memory.NAMES if partition is None else partition.schema(group).keys()
+        names = NAMES if partition is None else partition.schema(group).keys()
         return held.keys() & (names | {PENDING})
 
 
@@ -914,9 +916,9 @@ def _described(value: Any) -> Any:
 
 
 def _expected_bytes(param: Tensor, group: dict[str, Any]) -> int:
-    if sharded.is_sharded(param):
-        return sharded.local_bytes(param, group, sharded.shard_of(param, group, "a parameter"))
-    return memory.schema_bytes(memory.state_schema(param.shape, group))
+    if fsdp2.is_sharded(param):
+        return fsdp2.local_bytes(param, group, fsdp2.shard_of(param, group, "a parameter"))
+    return schema_bytes(state_schema(param.shape, group))
 
 
 def _overlap(index: Tensor, last: Tensor) -> Tensor:
@@ -933,8 +935,8 @@ def _batched(group: Mapping[str, Any]) -> bool:
 
 def _sums(param: Tensor, gradient: Any, group: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
     """Sum g² over the rows and columns of a gradient that is to be whitened, which gives its norm in the same read."""
-    layout = memory.tensor_layout(param.shape, group)
-    if type(gradient) is not Tensor or layout is None or memory.has_basis(param.shape, group):
+    layout = tensor_layout(param.shape, group)
+    if type(gradient) is not Tensor or layout is None or has_basis(param.shape, group):
         return None
     return square_sums(layout.grid(gradient), layout) if group["moments"] in moments.FACTORED else None
 
@@ -951,7 +953,7 @@ def _norms(gradients: list[Tensor], sums: list[tuple[Tensor, Tensor] | None]) ->
 
 
 def _norm(gradient: Any) -> Tensor:
-    if isinstance(gradient, sharded.Part):
+    if isinstance(gradient, fsdp2.Part):
         return gradient.norm
     if isinstance(gradient, CompressedGradient):
         return gradient.step_norm()

@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sgc import compiled, dispatch, fused, moments
+from sgc import backends, moments
+from sgc.backends import fused
+from sgc.backends import numba as compiled
 from sgc.codec import place
 from sgc.codec.layout import BLOCK_ENTRIES, Layout, matrix_shape
 from sgc.codec.lowrank import leading_basis, turn
 from sgc.codec.project import Projection
 from sgc.codec.recover import least_squares, recover
 from sgc.codec.sparsify import top_entries
-from sgc.storage import read_held, stochastic_round, write_held
+from sgc.state import read_held, stochastic_round, write_held
 
 PROBED_CHUNKS = 16  # chunks of a tensor that a probe looks at
 
@@ -221,7 +223,7 @@ def whiten_by(
     """Move R and C of `state` by the row and column means of g², and whiten by them; `mean` as in `moments.factor`."""
     busy = row > 0  # of an embedding, only the rows of tokens that were seen are
     a, b = moments.factor(state["row"], state["col"], row, col, beta2, t, mean)
-    waits = not dispatch.choose("encode", row.device).fused  # a kernel looks at each row's, and spares the host a wait
+    waits = not backends.choose("encode", row.device).fused  # a kernel looks at each row's, and spares the host a wait
     return Whitening(a, b, None if waits and busy.all() else busy)
 
 

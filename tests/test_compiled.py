@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.harness import temporaries
-from sgc import SGC, compiled, dispatch
+from sgc import SGC, backends
+from sgc.backends import numba as compiled
 from sgc.codec.layout import make_layout
 from sgc.codec.project import Projection
 from sgc.codec.recover import recover
@@ -34,7 +35,7 @@ def raises(error):
 
 def on(path, call, *arguments):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(dispatch.VARIABLE, path)
+        patch.setenv(backends.VARIABLE, path)
         return call(*arguments)
 
 
@@ -186,7 +187,7 @@ step()
 torch.set_num_threads(1)  # torch's own threads do not survive a fork
 child = os.fork()
 if not child:
-    from sgc import compiled
+    from sgc.backends import numba as compiled
     assert not compiled._pools
     compiled.torch.get_num_threads = lambda: 2
     optimizer.step()
@@ -199,13 +200,13 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_numba_that_is_missing_is_said_to_be(monkeypatch):
     monkeypatch.setattr(compiled, "_installed", lambda: False)
     compiled._choose.cache_clear()
-    monkeypatch.setenv(dispatch.VARIABLE, "auto")
+    monkeypatch.setenv(backends.VARIABLE, "auto")
     try:
         assert compiled.choose() == ("torch", 'numba is not installed: pip install "sgc[numba]"')
-        monkeypatch.setenv(dispatch.VARIABLE, "numba")
+        monkeypatch.setenv(backends.VARIABLE, "numba")
         with pytest.raises(RuntimeError, match="asks for numba, which is missing"):
             compiled.choose()
-        monkeypatch.setenv(dispatch.VARIABLE, "torch")
+        monkeypatch.setenv(backends.VARIABLE, "torch")
         assert compiled.choose().path == "torch"
     finally:
         compiled._choose.cache_clear()
@@ -213,12 +214,12 @@ def test_numba_that_is_missing_is_said_to_be(monkeypatch):
 
 @needs_numba
 def test_numba_takes_a_cpu_and_fp32_only(monkeypatch):
-    monkeypatch.setenv(dispatch.VARIABLE, "auto")
+    monkeypatch.setenv(backends.VARIABLE, "auto")
     assert compiled.usable(torch.ones(3), torch.nn.Parameter(torch.ones(3)))
     assert not compiled.usable(torch.ones(3, dtype=torch.bfloat16))
     assert not compiled.usable(torch.ones(3, device="meta"))
     assert not compiled.usable(torch.ones(3), torch.ones(3, dtype=torch.float64))
-    monkeypatch.setenv(dispatch.VARIABLE, "torch")
+    monkeypatch.setenv(backends.VARIABLE, "torch")
     assert not compiled.usable(torch.ones(3))
 
 
@@ -258,7 +259,7 @@ def test_a_step_works_where_numba_can_keep_nothing(tmp_path, monkeypatch):
     """No place can be written to, then one that fills up: compiled all the same, with the same result."""
     from numba.core.caching import FunctionCache
 
-    from sgc import loops
+    from sgc.backends import loops
 
     grid = torch.arange(12, dtype=torch.float32).view(3, 4)
     source = tmp_path / "loops.py"
@@ -293,10 +294,10 @@ def test_a_step_works_where_numba_can_keep_nothing(tmp_path, monkeypatch):
 def test_numba_that_can_not_be_imported_is_said_to_be(monkeypatch):
     monkeypatch.setattr(compiled, "_loops", raises(ImportError("Numba needs NumPy 2.3 or less")))
     compiled._choose.cache_clear()
-    monkeypatch.setenv(dispatch.VARIABLE, "auto")
+    monkeypatch.setenv(backends.VARIABLE, "auto")
     try:
         assert compiled.choose() == ("torch", "numba can't be imported: Numba needs NumPy 2.3 or less")
-        monkeypatch.setenv(dispatch.VARIABLE, "numba")
+        monkeypatch.setenv(backends.VARIABLE, "numba")
         with pytest.raises(ImportError, match="Numba needs NumPy"):
             compiled.choose()
     finally:

@@ -58,7 +58,7 @@ def test_what_is_refused_is_reported_and_not_raised(monkeypatch):
 
 def test_kernels_are_tried_and_a_wrong_one_is_found(monkeypatch):
     pytest.importorskip("triton", reason="the kernels need Triton")
-    from sgc.kernels import batch
+    from sgc.backends.triton import batch
 
     monkeypatch.setenv("SGC_KERNELS", "triton")
     assert re.search(r"kernels and torch agree, (\de-0[78]|0e\+00) of an update apart", doctor.report())

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sgc import SGC, Codec, memory
+from sgc import SGC, Codec
+from sgc.codec.layout import matrix_shape
 from sgc.planner.trace import Tracker
+from sgc.state import budget_ladder, state_schema
 from sgc.step import gradient_norm
 
 RULES = ("residual", "whitened", "sketched", "subspace")
@@ -29,7 +31,7 @@ def stepped(rule, steps=1, shapes=SHAPES, **options):
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     if options.get("rank"):
-        params = [p for p in params if p.dim() < 2 or min(memory.matrix_shape(tuple(p.shape))) not in (2,)]
+        params = [p for p in params if p.dim() < 2 or min(matrix_shape(tuple(p.shape))) not in (2,)]
     optimizer = SGC(params, **{**BASE, "moments": rule, **options})
     for _ in range(steps):
         for p in params:
@@ -112,7 +114,7 @@ def test_the_schema_names_all_that_is_held_with_shape_and_dtype(rule):
         optimizer = stepped(rule, 1, **options)
         for group in optimizer.param_groups:
             for p in group["params"]:
-                schema = memory.state_schema(p.shape, group)
+                schema = state_schema(p.shape, group)
                 held = optimizer.state[p]
                 assert {name: (tuple(t.shape), t.dtype) for name, t in held.items()} == schema
 
@@ -124,12 +126,12 @@ def test_a_memoryless_state_is_rows_and_columns_and_the_count():
 
 
 def test_the_ladder_of_a_budget_goes_down_and_keeps_what_is_fixed():
-    rungs = list(memory.budget_ladder({}))
+    rungs = list(budget_ladder({}))
     numbers = [rung["sketch_size"] / rung.get("chunk_size", math.inf) for rung in rungs]
     assert numbers == sorted(numbers, reverse=True)
     assert rungs[-1]["sketch_size"] == 0
     for fixed in ({"chunk_size": 64}, {"sketch_size": 16}, {"sparsity": 2, "chunk_size": 8}):
-        rungs = list(memory.budget_ladder(fixed))
+        rungs = list(budget_ladder(fixed))
         assert not any(name in rung for rung, name in itertools.product(rungs, fixed))
         assert len({tuple(rung.items()) for rung in rungs}) == len(rungs)
 

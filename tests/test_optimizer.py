@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgc import SGC, dispatch
+from sgc import SGC, backends
 from sgc.optimizer import PROBE_EVERY
 from tests.tolerances import ADAMW, ADAMW_WEIGHT, SIGMAS, SUM, TWIN
 
@@ -352,7 +352,7 @@ def test_overflow_is_judged_by_the_sum_of_squares_in_fp32_whatever_the_shape(rul
 @pytest.mark.parametrize("shape", [(), (1, 1), (2,), (40, 20)])
 def test_kernels_judge_overflow_alike(monkeypatch, shape, size):
     pytest.importorskip("triton")
-    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    monkeypatch.setenv(backends.VARIABLE, "triton")
     test_overflow_is_judged_by_the_sum_of_squares_in_fp32_whatever_the_shape("residual", shape, torch.float32, size)
 
 

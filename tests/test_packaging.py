@@ -24,7 +24,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXTRAS = PYPROJECT["project"]["optional-dependencies"]
 
 # Modules that wrap an extra and may need it at import; everything else of `sgc` must import without.
-NEEDS_AN_EXTRA = ("sgc.hf", "sgc.kernels", "sgc.loops")
+NEEDS_AN_EXTRA = ("sgc.hf", "sgc.backends.triton", "sgc.backends.loops")
 OPTIONAL = [
     "accelerate",
     "bitsandbytes",

@@ -22,14 +22,15 @@ from transformers import AutoConfig, LlamaConfig
 
 import sgc
 from benchmarks import memory, peers
-from sgc import compiled, zero
-from sgc import memory as codec_memory
+from sgc.backends import numba as compiled
+from sgc.parallel import zero
 from sgc.planner import BUILT_IN, PlanError, adapters, optimizers, plan
 from sgc.planner.models import LEARNERS, check_run, load_config, make_model, parse_bytes, quiet
 from sgc.planner.plan import _compressed
 from sgc.planner.report import check_plot
 from sgc.planner.sharding import Devices, _blocks
 from sgc.planner.trace import Held, Info, Run, Trace, Tracker, checkpointed, fake, infos, loss_of, trace
+from sgc.state import schema_bytes
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = {
@@ -1077,7 +1078,7 @@ def test_a_partition_of_zero_holds_the_state_of_its_pieces():
     contender, size = optimizers.sgc(sketch_size=8), (1000 * 256 + 200) // 2
     group = sgc.SGC([nn.Parameter(torch.empty(1))], sketch_size=8).param_groups[0]
     last = [zero.Piece(0, (1000, 256), size, 256_000, 0), zero.Piece(1, (200,), 0, 200, 256_000 - size)]  # most
-    held = sum(codec_memory.schema_bytes(zero.piece_schema(piece, group)) for piece in last)
+    held = sum(schema_bytes(zero.piece_schema(piece, group)) for piece in last)
     assert Devices(2, "zero2").state(contender, params) == held + contender.shared(params)
 
 

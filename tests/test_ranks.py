@@ -16,10 +16,13 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from sgc import SGC, compressed_grad, memory, ranks
+from sgc import SGC
 from sgc.arguments import IGNORED, SWITCHED_OFF
-from sgc.compressed_grad import CompressedGradient
+from sgc.backward import compressed
+from sgc.backward.compressed import CompressedGradient
 from sgc.moments import RULES
+from sgc.parallel import ranks
+from sgc.state import state_schema
 from tests.processes import Processes
 
 SKETCHED = {"lr": 3e-3, "chunk_size": 64, "sketch_size": 16, "min_size": 64}
@@ -162,7 +165,7 @@ def test_the_norm_is_that_of_the_mean_gradient(processes):
 def bytes_on_the_wire():
     model, optimizer, *_ = train(True, 4)
     sent = optimizer.stats()["reduced_bytes"]
-    schemas = [memory.state_schema(param.shape, optimizer.param_groups[0]) for param in model.parameters()]
+    schemas = [state_schema(param.shape, optimizer.param_groups[0]) for param in model.parameters()]
     sizes = [{name: math.prod(shape) for name, (shape, _) in schema.items()} for schema in schemas]
     compressed = [size for size in sizes if "sketch" in size]
     statistics = sum(size["row"] + size["col"] + 3 for size in compressed)
@@ -330,7 +333,8 @@ def test_a_rank_waits_for_those_alone_that_it_is_to_agree_with(processes, check)
 
 DIES = """
 import datetime, os, sys, torch
-from sgc import SGC, ranks
+from sgc import SGC
+from sgc.parallel import ranks
 torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(hours=1))
 optimizer = SGC(torch.nn.Linear(64, 64).parameters())
 torch.distributed.barrier()
@@ -414,13 +418,13 @@ def test_a_model_of_compressed_tensors_alone_leaves_one_to_ddp(processes):
 
 
 def order_of_events():
-    bound, compressed_grad.BUCKET_ENTRIES = compressed_grad.BUCKET_ENTRIES, 1  # a bucket for every tensor
+    bound, compressed.BUCKET_ENTRIES = compressed.BUCKET_ENTRIES, 1  # a bucket for every tensor
     try:
         model = Routed()
         optimizer = SGC(model.parameters(), **SKETCHED)
         optimizer.attach(model)
     finally:
-        compressed_grad.BUCKET_ENTRIES = bound
+        compressed.BUCKET_ENTRIES = bound
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
     compressor, events = optimizer._compressor, []
     encode, send = compressor._encode, compressor._send

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sgc import memory, sharded
 from sgc.moments import RULES
+from sgc.parallel import fsdp2
+from sgc.state import tensor_layout
 from tests.distributed import fsdp_worker
 from tests.distributed.fsdp_worker import ALIGNED, CUT, EVERYWHERE, SMALL
 from tests.processes import Processes
@@ -182,7 +183,7 @@ def test_a_step_makes_one_all_reduce_of_statistics_and_one_of_cut_sketches(ranks
     for result in ranks("traffic", shapes=ALIGNED + CUT + SMALL, **SKETCH):
         assert len(result["all-reduced"]) == result["collectives"] == 2
         group = {**SKETCH, "recovered": 2, "chunk_size": 32, "min_size": 10, "moments": "residual", "rank": None}
-        chunks = sum(memory.tensor_layout(shape, {**group, "state_dtype": "float32"}).chunks for shape in CUT)
+        chunks = sum(tensor_layout(shape, {**group, "state_dtype": "float32"}).chunks for shape in CUT)
         assert result["all-reduced"][1] == 16 * chunks
 
 
@@ -307,5 +308,5 @@ def test_what_cannot_be_done_is_refused_on_every_rank_with_a_sentence(ranks, cas
 
 
 def test_a_plain_tensor_is_not_sharded():
-    assert not sharded.is_sharded(torch.zeros(3))
-    assert sharded.local(torch.ones(3)).equal(torch.ones(3))
+    assert not fsdp2.is_sharded(torch.zeros(3))
+    assert fsdp2.local(torch.ones(3)).equal(torch.ones(3))

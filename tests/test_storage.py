@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from sgc.storage import QUANTIZED_BLOCK, read_held, stochastic_round, write_held
+from sgc.state import QUANTIZED_BLOCK, read_held, stochastic_round, write_held
 from tests.tolerances import EPS_BF16, SIGMAS
 
 

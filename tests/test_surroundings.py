@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sgc import SGC, compiled, dispatch
-from sgc.compressed_grad import CompressedGradient
+from sgc import SGC, backends
+from sgc.backends import numba as compiled
+from sgc.backward.compressed import CompressedGradient
 
 STEPS = 4
 SKETCHED = {"sketch_size": 16, "sparsity": 4}
@@ -359,7 +360,7 @@ def on(monkeypatch, path, family):
         pytest.skip("numba is not installed")
     if family == "int8 state":
         pytest.importorskip("bitsandbytes")
-    monkeypatch.setenv(dispatch.VARIABLE, path)
+    monkeypatch.setenv(backends.VARIABLE, path)
 
 
 # torch's compiler looks at the gradient of every tensor that it meets

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from sgc import compiled
+from sgc.backends import numba as compiled
 
 HELD_ENTRIES = 1 << 20  # an A of up to so many entries is held (4 MiB in fp32), a larger one is made blockwise
 MOST_ENTRIES = 1 << 32  # an A beyond this would take minutes a step to make, and is refused

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sgc import compiled
+from sgc.backends import numba as compiled
 from sgc.codec.project import Projection, sign_words
 from sgc.codec.sparsify import top_entries, top_indices
 

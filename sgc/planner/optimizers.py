@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sgc import memory
 from sgc.codec.layout import make_layout
 from sgc.optimizer import SGC
 from sgc.planner.models import DTYPES, PlanError, is_size
 from sgc.planner.trace import Info, Tracker
+from sgc.state import projection_bytes, schema_bytes, state_schema
 
 FP32 = 4
 STRIPS = (24, 28, 32)  # blocks, whole groups of what stages work on at a time; a tensor of more is extrapolated
@@ -142,10 +142,10 @@ def sgc(**kwargs: Any) -> Contender:
     options = tuple(sorted(kwargs.items()))
 
     def state(info: Info) -> int:
-        return memory.schema_bytes(memory.state_schema(info.shape, group))
+        return schema_bytes(state_schema(info.shape, group))
 
     def shared(infos: Sequence[Info]) -> int:
-        return memory.projection_bytes([info.shape for info in infos], group)
+        return projection_bytes([info.shape for info in infos], group)
 
     def step(infos: Sequence[Info]) -> int:
         return max((step_temporaries(info, options) for info in _largest(infos)), default=0)

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from sgc import memory, sharded
 from sgc.optimizer import SGC
+from sgc.parallel import fsdp2
+from sgc.parallel.zero import Piece, piece_schema
 from sgc.planner.models import PlanError, is_size
 from sgc.planner.optimizers import FP32, Contender
 from sgc.planner.trace import Held, Info
-from sgc.zero import Piece, piece_schema
+from sgc.state import schema_bytes, state_schema
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 MOST_DEVICES = 65_536  # whose shares are counted one by one
@@ -154,7 +155,7 @@ def _blocks(infos: Sequence[Info]) -> tuple[list[int], int]:
 
 def _sketch_entries(infos: Sequence[Info], contender: Contender) -> int:
     group = SGC([torch.nn.Parameter(torch.empty(1))], **(contender.sgc or {})).param_groups[0]
-    held = (memory.state_schema(info.shape, group).get("sketch") for info in infos)
+    held = (state_schema(info.shape, group).get("sketch") for info in infos)
     return sum(math.prod(shape) for shape, _ in filter(None, held))
 
 
@@ -163,9 +164,9 @@ def _shard_bytes(infos: Sequence[Info], group: Any, world_size: int) -> int:
     total = 0
     for info in infos:
         rows = info.shape[0] if info.shape else 1
-        shard = sharded.Shard(None, 0 if info.shape else None, 0, math.ceil(rows / world_size))
+        shard = fsdp2.Shard(None, 0 if info.shape else None, 0, math.ceil(rows / world_size))
         shaped: Any = SimpleNamespace(shape=info.shape)  # of a DTensor only its shape is asked
-        total += sharded.local_bytes(shaped, group, shard)
+        total += fsdp2.local_bytes(shaped, group, shard)
     return total
 
 
@@ -177,6 +178,6 @@ def _partition_bytes(infos: Sequence[Info], group: Any, world_size: int) -> int:
     for number, info in enumerate(infos):
         for rank in range(begin // size, math.ceil((begin + info.numel) / size)):
             start, stop = max(rank * size - begin, 0), min((rank + 1) * size - begin, info.numel)
-            held[rank] += memory.schema_bytes(piece_schema(Piece(number, info.shape, start, stop, 0), group))
+            held[rank] += schema_bytes(piece_schema(Piece(number, info.shape, start, stop, 0), group))
         begin += info.numel
     return max(held)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sgc.compressed_grad import CompressedGradient
+from sgc.backward.compressed import CompressedGradient
 from sgc.planner.models import PlanError, make_model, refused
 
 if TYPE_CHECKING:

@@ -26,7 +26,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import Placement
 
-from sgc import SGC, memory, moments, step
+from sgc import SGC, moments, step
+from sgc.state import tensor_layout
 from tests.distributed.fsdp_on_cpu import pretend
 
 WORLD = 2
@@ -193,7 +194,7 @@ def cut_sketches(shape, sparsity, **options):
     (param,), group = one.parameters(), reference.param_groups[0]
     state = reference._state_of(param, group)
     state["step"] += 1
-    layout, projection = memory.tensor_layout(shape, group), reference._projection(group)
+    layout, projection = tensor_layout(shape, group), reference._projection(group)
     grid = layout.grid(param.grad)
     whitening = step.whiten_by(state, *step.mean_squares(grid, layout), group["betas"][1], 1)
     boundary = math.ceil(shape[0] / WORLD) * (param.numel() // shape[0])

@@ -11,9 +11,9 @@ import triton
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from sgc.backends.triton import dense
+from sgc.backends.triton.batch import Batch, Entry
 from sgc.codec.layout import make_layout
-from sgc.kernels import dense
-from sgc.kernels.batch import Batch, Entry
 from tests.kernels.compiled import HOPPER, signature_of
 
 

@@ -2,9 +2,9 @@
 
 import torch
 
+from sgc.backends.triton import decode, encode
 from sgc.codec.layout import make_layout
 from sgc.codec.project import Projection
-from sgc.kernels import decode, encode
 
 SHAPES = {
     "one chunk a row": (9, 64),

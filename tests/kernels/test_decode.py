@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from sgc import step
+from sgc.backends.triton import decode as kernel
 from sgc.codec.layout import make_layout
 from sgc.codec.project import Projection
 from sgc.codec.recover import RIDGE, recover
-from sgc.kernels import decode as kernel
 from tests.kernels.sketch_cases import SHAPES
 from tests.tolerances import CORRELATION, EPS, EPS_BF16, SIGMAS, SUM
 

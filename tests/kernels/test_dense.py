@@ -13,9 +13,9 @@ import triton
 from triton import language as tl
 
 from sgc import SGC
+from sgc.backends.triton import batch, dense
 from sgc.codec.layout import make_layout
 from sgc.codec.project import mix
-from sgc.kernels import batch, dense
 from sgc.step import Whitening, apply_whitened, square_sums
 from tests.tolerances import EPS, SIGMAS, SUM
 

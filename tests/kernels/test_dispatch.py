@@ -5,14 +5,14 @@ import warnings
 import pytest
 import torch
 
-from sgc import SGC, dispatch
+from sgc import SGC, backends
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
 def nothing_warned_yet():
-    dispatch._warn_once.cache_clear()
+    backends._warn_once.cache_clear()
 
 
 @pytest.fixture
@@ -20,15 +20,15 @@ def gpu(monkeypatch):
     """Let dispatch believe in a GPU, whatever is here."""
     monkeypatch.delenv("SGC_KERNELS", raising=False)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
-    monkeypatch.setattr(dispatch, "_capability", lambda index: (9, 0))
-    monkeypatch.setattr(dispatch, "_device_name", lambda index: "a GPU")
+    monkeypatch.setattr(backends, "_has_triton", lambda: True)
+    monkeypatch.setattr(backends, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(backends, "_device_name", lambda index: "a GPU")
     return monkeypatch
 
 
 def test_a_cpu_takes_torch_and_a_gpu_the_kernels_without_a_warning(gpu):
-    assert dispatch.choose("apply", CPU).path == "torch"
-    assert dispatch.choose("apply", GPU).path == "triton"
+    assert backends.choose("apply", CPU).path == "torch"
+    assert backends.choose("apply", GPU).path == "triton"
 
 
 @pytest.mark.parametrize(
@@ -39,44 +39,44 @@ def test_a_cpu_takes_torch_and_a_gpu_the_kernels_without_a_warning(gpu):
     ],
 )
 def test_a_gpu_without_what_kernels_need_takes_torch_and_says_so_once(gpu, name, value, reason):
-    gpu.setattr(dispatch, name, value)
+    gpu.setattr(backends, name, value)
     with pytest.warns(UserWarning, match=reason):
-        assert dispatch.choose("apply", GPU).path == "torch"
+        assert backends.choose("apply", GPU).path == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert reason in dispatch.choose("apply", GPU).reason
+        assert reason in backends.choose("apply", GPU).reason
 
 
 def test_kernels_in_the_interpreter_do_not_touch_a_gpu(gpu):
     gpu.setenv("TRITON_INTERPRET", "1")
     with pytest.warns(UserWarning, match="TRITON_INTERPRET=1"):
-        assert dispatch.choose("apply", GPU).path == "torch"
+        assert backends.choose("apply", GPU).path == "torch"
 
 
 def test_the_environment_decides(gpu):
     gpu.setenv("SGC_KERNELS", "torch")
-    assert dispatch.choose("apply", GPU) == ("torch", "SGC_KERNELS=torch")
+    assert backends.choose("apply", GPU) == ("torch", "SGC_KERNELS=torch")
     gpu.setenv("SGC_KERNELS", "triton")
-    assert dispatch.choose("apply", GPU).path == "triton"
+    assert backends.choose("apply", GPU).path == "triton"
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1 switches on"):
-        dispatch.choose("apply", CPU)
-    gpu.setattr(dispatch, "_has_triton", lambda: False)
+        backends.choose("apply", CPU)
+    gpu.setattr(backends, "_has_triton", lambda: False)
     with pytest.raises(RuntimeError, match="Triton is not installed"):
-        dispatch.choose("apply", GPU)
+        backends.choose("apply", GPU)
     gpu.setenv("SGC_KERNELS", "yes")
     with pytest.raises(ValueError, match="got 'yes'"):
-        dispatch.choose("apply", CPU)
+        backends.choose("apply", CPU)
 
 
 def test_a_reason_is_given_once_for_every_stage(gpu):
     for stage in ("apply", "encode"):
         with pytest.warns(UserWarning, match=f"{stage} takes the plain torch path: a reason"):
-            assert dispatch.choose(stage, GPU, "a reason") == ("torch", "a reason")
+            assert backends.choose(stage, GPU, "a reason") == ("torch", "a reason")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert dispatch.choose("apply", GPU, "a reason").path == "torch"
+        assert backends.choose("apply", GPU, "a reason").path == "torch"
     with pytest.warns(UserWarning, match="another"):
-        dispatch.choose("apply", GPU, "another")
+        backends.choose("apply", GPU, "another")
 
 
 @pytest.mark.parametrize(
@@ -114,11 +114,11 @@ param.grad = torch.ones(64, 80)
 optimizer = SGC([param], min_size=0)
 optimizer.step()
 assert optimizer.stats()["skipped_tensors"] == 0 and (param < 1).all()
-assert sys.modules.get("sgc.kernels") is None
+assert sys.modules.get("sgc.backends.triton") is None
 """
 
 
-@pytest.mark.parametrize("before", ["", 'sys.modules["sgc.kernels"] = None'], ids=["as it is", "without kernels"])
+@pytest.mark.parametrize("before", ["", 'sys.modules["sgc.backends.triton"] = None'], ids=["as it is", "no kernels"])
 def test_a_cpu_does_not_need_the_kernels(before, monkeypatch):
     monkeypatch.delenv("SGC_KERNELS", raising=False)
     subprocess.run([sys.executable, "-W", "error", "-c", STEP.format(before=before)], check=True)

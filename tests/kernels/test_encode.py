@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from sgc import moments, step
+from sgc.backends.triton import encode as kernel
 from sgc.codec.layout import make_layout
 from sgc.codec.project import Projection
-from sgc.kernels import encode as kernel
 from tests.kernels.sketch_cases import SHAPES
 from tests.tolerances import SUM
 

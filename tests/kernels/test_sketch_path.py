@@ -7,9 +7,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from sgc import SGC, dispatch, fused, step
+from sgc import SGC, backends, step
 from sgc import optimizer as of_many
-from sgc.kernels import batch
+from sgc.backends import fused
+from sgc.backends.triton import batch
 from tests.tolerances import EPS_BF16, MARGIN, TWIN
 
 STEPS = 4
@@ -46,7 +47,7 @@ def steps(
     That is the least gap between the last correlation that recovery took and the next, as a share of the largest. Not
     `batched`, tensors are updated one by one, as parts of sharded ones are.
     """
-    monkeypatch.setenv(dispatch.VARIABLE, path)
+    monkeypatch.setenv(backends.VARIABLE, path)
     taken, gaps = set(), [1.0]
     recover = step._recover_busy
 
@@ -155,7 +156,7 @@ def test_gradients_that_are_not_finite_or_all_zero_move_what_they_move_in_torch(
 
 @pytest.mark.parametrize("spoiled", [0, 1])
 def test_a_gradient_that_is_not_finite_stops_no_other_tensor(spoiled, device, monkeypatch):
-    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    monkeypatch.setenv(backends.VARIABLE, "triton")
     params = [torch.nn.Parameter(torch.ones(12, 96, device=device)) for _ in range(2)]
     optimizer = SGC(params, **OPTIONS)
     for param in params:
@@ -199,8 +200,8 @@ def test_a_chunk_no_longer_than_its_sketch_takes_torch(device, monkeypatch):
 
 
 def test_says_once_why_a_stage_takes_torch(device, monkeypatch):
-    monkeypatch.setenv(dispatch.VARIABLE, "triton")
-    dispatch._warn_once.cache_clear()
+    monkeypatch.setenv(backends.VARIABLE, "triton")
+    backends._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="decode takes the plain torch path.*omp"):
         steps("triton", (12, 96), torch.float32, device, monkeypatch, recovery="omp")
     steps("triton", (12, 96), torch.float32, device, monkeypatch, recovery="omp")

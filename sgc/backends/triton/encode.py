@@ -12,9 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sgc.codec.layout import Layout
-from sgc.codec.project import Projection
-from sgc.kernels.chunks import (
+from sgc.backends.triton.chunks import (
     NO_TAG,
     TAKEN,
     flipped,
@@ -26,6 +24,8 @@ from sgc.kernels.chunks import (
     shape_of,
     tag_of,
 )
+from sgc.codec.layout import Layout
+from sgc.codec.project import Projection
 from sgc.moments import CLIP
 
 MOST_ENTRIES = 4096  # of a chunk: a tile is held in registers

@@ -24,8 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sgc import dispatch, sharded
+from sgc import backends
 from sgc.arguments import IGNORED
+from sgc.parallel import fsdp2
 
 if TYPE_CHECKING:
     from sgc.optimizer import SGC
@@ -56,7 +57,7 @@ def must_agree(optimizer: SGC, ddp_ranks: Sequence[int] | None = None) -> dict[s
         "run": {
             "the version of sgc": sys.modules[__package__].__version__,  # it imports this module
             "the version of torch": torch.__version__,
-            dispatch.VARIABLE: dispatch.requested(),
+            backends.VARIABLE: backends.requested(),
             "attached": compressor is not None,
             "sample_every": compressor and max((slot.sample_every for slot in compressor.slots.values()), default=None),
             "the ranks of DistributedDataParallel": ddp_ranks and list(ddp_ranks),
@@ -72,7 +73,7 @@ def _described(optimizer: SGC, group: Mapping[str, Any]) -> dict[str, Any]:
     own = [
         [str(name), str(list(param.shape)), str(param.dtype), "trained" if param.requires_grad else "frozen"]
         for name, param in zip(names, group["params"], strict=False)
-        if sharded.is_sharded(param) or _is_given(optimizer, param)
+        if fsdp2.is_sharded(param) or _is_given(optimizer, param)
     ]
     described = {name: group[name] for name in optimizer.defaults if name in group and name not in IGNORED}
     return {**described, **({"steps": group["steps"]} if own else {}), "parameters": own}
@@ -80,7 +81,7 @@ def _described(optimizer: SGC, group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_given(optimizer: SGC, param: Tensor) -> bool:
     """Whether it is a tensor the optimizer was made with, whole, and not what a sharding harness has put there."""
-    return id(param) in optimizer._given_ids and not sharded.is_sharded(param) and not sharded.is_flattened(param)
+    return id(param) in optimizer._given_ids and not fsdp2.is_sharded(param) and not fsdp2.is_flattened(param)
 
 
 def _state_checksum(optimizer: SGC, group: Mapping[str, Any]) -> int:
@@ -114,7 +115,7 @@ def partners(optimizer: SGC) -> list[int]:
     if isinstance(optimizer.check_ranks, dist.ProcessGroup):
         return dist.get_process_group_ranks(optimizer.check_ranks)
     params = (param for group in optimizer.param_groups for param in group["params"])
-    meshes = {param.device_mesh for param in params if sharded.is_sharded(param)}
+    meshes = {param.device_mesh for param in params if fsdp2.is_sharded(param)}
     found = {rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()}
     return sorted(found) or list(range(dist.get_world_size()))
 

@@ -1,6 +1,6 @@
 """The stages of the sketch path that have a kernel: each gives what its twin in torch gives, or None where that must.
 
-What keeps a kernel from taking a stage is warned about once, by `sgc.dispatch`. Triton is imported when it is needed.
+What keeps a kernel from taking a stage is warned about once, by `sgc.backends`. Triton is imported when it is needed.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sgc import dispatch
+from sgc import backends
 from sgc.codec.layout import Layout
 from sgc.codec.project import Projection
 
@@ -29,7 +29,7 @@ def encode(
     """Do as `sgc.step.encode`."""
     if not _takes_encode(grid, layout, sparsity, projection):
         return None
-    from sgc.kernels import encode as kernel
+    from sgc.backends.triton import encode as kernel
 
     grid = grid.contiguous()
     return kernel.encode(grid, layout, whitening, projection, sparsity, eps, factor=factor, squares=squares)
@@ -49,7 +49,7 @@ def encode_into(
     """Encode and, in the same pass, move the moment of "residual" or "whitened" in place; whether it has been done."""
     if not moment.is_contiguous() or not _takes_encode(grid, layout, sparsity, projection):
         return False
-    from sgc.kernels import encode as kernel
+    from sgc.backends.triton import encode as kernel
 
     into = kernel.Into(moment, "residual" if rule == "residual" else "ema", beta)
     kernel.encode(grid.contiguous(), layout, whitening, projection, sparsity, eps, into=into)
@@ -62,31 +62,31 @@ def select(
     """Do as `sgc.step.select`."""
     if not _takes_encode(grid, layout, sparsity, None):
         return None
-    from sgc.kernels import encode as kernel
+    from sgc.backends.triton import encode as kernel
 
     return kernel.select(grid.contiguous(), layout, whitening, sparsity, eps)
 
 
 def _takes_encode(grid: Tensor, layout: Layout, sparsity: int, projection: Projection | None) -> bool:
-    if not dispatch.choose("encode", grid.device).fused:
+    if not backends.choose("encode", grid.device).fused:
         return False
-    from sgc.kernels import encode as kernel
+    from sgc.backends.triton import encode as kernel
 
-    return dispatch.choose("encode", grid.device, kernel.obstacle(layout, grid.dtype, sparsity, projection)).fused
+    return backends.choose("encode", grid.device, kernel.obstacle(layout, grid.dtype, sparsity, projection)).fused
 
 
 def decode(
     sketch: Tensor, layout: Layout, projection: Projection, recovered: int, method: str, *, take: bool = False
 ) -> tuple[Tensor, Tensor] | None:
     """Do as `sgc.codec.recover.recover`; with `take`, what is recovered leaves the sketch in the same pass."""
-    if not dispatch.choose("decode", sketch.device).fused:
+    if not backends.choose("decode", sketch.device).fused:
         return None
-    from sgc.kernels import decode as kernel
+    from sgc.backends.triton import decode as kernel
 
     obstacle = kernel.obstacle(layout, projection, recovered, method)
     if take and not sketch.is_contiguous():
         obstacle = "the sketch is not contiguous"
-    if not dispatch.choose("decode", sketch.device, obstacle).fused:
+    if not backends.choose("decode", sketch.device, obstacle).fused:
         return None
     return kernel.decode(sketch.contiguous(), layout, projection, recovered, take=take)
 
@@ -101,11 +101,11 @@ def apply(
     generator: torch.Generator | None,
 ) -> bool:
     """Do as `sgc.step.apply_sparse`; whether it has been done."""
-    if not dispatch.choose("apply", weight.device).fused:
+    if not backends.choose("apply", weight.device).fused:
         return False
-    from sgc.kernels import decode as kernel
+    from sgc.backends.triton import decode as kernel
 
-    if not dispatch.choose("apply", weight.device, kernel.move_obstacle(weight, layout)).fused:
+    if not backends.choose("apply", weight.device, kernel.move_obstacle(weight, layout)).fused:
         return False
     seed = None if generator is None else generator.initial_seed()
     kernel.apply(weight, layout, index.contiguous(), value.contiguous(), lr, decay, seed)
@@ -114,12 +114,12 @@ def apply(
 
 def square_sums(grid: Tensor, layout: Layout) -> tuple[Tensor, Tensor] | None:
     """Do as `sgc.step.square_sums`."""
-    if not dispatch.choose("statistics", grid.device).fused:
+    if not backends.choose("statistics", grid.device).fused:
         return None
-    from sgc.kernels import dense as kernel
+    from sgc.backends.triton import dense as kernel
 
     obstacle = None if grid.dtype in kernel.DTYPES else f"gradients are {grid.dtype}"
-    if not dispatch.choose("statistics", grid.device, obstacle).fused:
+    if not backends.choose("statistics", grid.device, obstacle).fused:
         return None
     return kernel.square_sums(grid, layout)
 
@@ -136,12 +136,12 @@ def apply_whitened(
     offset: int,
 ) -> bool:
     """Do as `sgc.step.apply_whitened`; whether it has been done."""
-    if not dispatch.choose("apply", weight.device).fused:
+    if not backends.choose("apply", weight.device).fused:
         return False
-    from sgc.kernels import dense as kernel
+    from sgc.backends.triton import dense as kernel
 
     dtypes = [tensor.dtype for tensor in (weight, grid) if tensor.dtype not in kernel.DTYPES]
-    if not dispatch.choose("apply", weight.device, f"its dtype is {dtypes[0]}" if dtypes else None).fused:
+    if not backends.choose("apply", weight.device, f"its dtype is {dtypes[0]}" if dtypes else None).fused:
         return False
     a, b, busy = whitening
     a = a if busy is None else a * busy

@@ -29,8 +29,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sgc import moments
+from sgc.backends.triton.chunks import on_device_of
 from sgc.codec.layout import Layout
-from sgc.kernels.chunks import on_device_of
 
 CLIP = tl.constexpr(moments.CLIP)
 FLOOR = tl.constexpr(moments.FLOOR)

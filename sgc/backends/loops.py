@@ -1,7 +1,7 @@
 """The stages as loops over chunks, compiled by numba: each reads a gradient once and writes no temporary of its size.
 
 Every function works on a range of rows or chunks, so that threads can share them, and releases the lock of Python.
-What a chunk needs fits in the first cache. `sgc.compiled` calls these with tensors; the oracles are in plain torch.
+What a chunk needs fits in the first cache. `sgc.backends.numba` calls these; the oracles are in plain torch.
 """
 
 from __future__ import annotations

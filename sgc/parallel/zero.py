@@ -22,9 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sgc import memory, moments
+from sgc import moments
 from sgc.codec.layout import Layout
 from sgc.codec.project import Projection
+from sgc.state import QUANTIZED_BLOCK, Schema, state_schema, tensor_layout
 from sgc.step import (
     Update,
     Whitening,
@@ -40,7 +41,6 @@ from sgc.step import (
     square_sums,
     whiten_by,
 )
-from sgc.storage import QUANTIZED_BLOCK
 
 SPAN = "span"  # state of a piece: start, stop, at and the shape of its tensor, so that a checkpoint explains itself
 
@@ -176,7 +176,7 @@ class Partition:
         self.flat, self.pieces, self.process_group = flat, list(pieces), process_group
         self._shared: list[tuple[int, tuple[int, ...], list[int]]] | None = None
 
-    def schema(self, group: Mapping[str, Any]) -> memory.Schema:
+    def schema(self, group: Mapping[str, Any]) -> Schema:
         """Name every tensor that the state of the partition holds, with its shape and dtype."""
         held = ((piece, name, tensor) for piece in self.pieces for name, tensor in piece_schema(piece, group).items())
         return {f"{piece.number}.{name}": tensor for piece, name, tensor in held}
@@ -248,7 +248,7 @@ class Partition:
     def _look(self, piece: Piece, gradient: Tensor, group: Mapping[str, Any]) -> _Sight:
         """Take the sums of squares of a piece's gradient."""
         part = gradient[piece.at : piece.at + piece.numel].float()
-        layout = memory.tensor_layout(piece.shape, group)
+        layout = tensor_layout(piece.shape, group)
         sums = part.new_zeros(_sums_size(layout, group))
         sums[0] = part.square().sum()
         if layout is None:
@@ -261,7 +261,7 @@ class Partition:
 
     def _sum_statistics(self, sights: Sequence[_Sight], group: Mapping[str, Any]) -> None:
         """Sum the squares of every shared tensor over the ranks: so R and C are one, and all ranks skip the same."""
-        sizes = {n: _sums_size(memory.tensor_layout(shape, group), group) for n, shape, _ in self._meet()}
+        sizes = {n: _sums_size(tensor_layout(shape, group), group) for n, shape, _ in self._meet()}
         if not sizes:
             return
         buffer = torch.zeros(sum(sizes.values()), dtype=torch.float32, device=self.flat.device)
@@ -278,7 +278,7 @@ class Partition:
         places: list[tuple[int, slice]] = []  # number, chunks of the whole tensor
         width = 0
         for number, shape, cuts in self._meet():
-            layout = memory.tensor_layout(shape, group)
+            layout = tensor_layout(shape, group)
             if layout is None:
                 continue
             unit = layout.rows_per_chunk * layout.cols
@@ -334,10 +334,10 @@ def on_cpu(name: str) -> bool:
     return name.rpartition(".")[2] in ("step", SPAN)
 
 
-def piece_schema(piece: Piece, group: Mapping[str, Any]) -> memory.Schema:
+def piece_schema(piece: Piece, group: Mapping[str, Any]) -> Schema:
     """Name every tensor that the state of a piece holds, with its shape and dtype."""
-    layout, held = memory.tensor_layout(piece.shape, group), memory.state_schema(piece.shape, group)
-    schema: memory.Schema = {SPAN: ((len(piece.span),), torch.int64)}
+    layout, held = tensor_layout(piece.shape, group), state_schema(piece.shape, group)
+    schema: Schema = {SPAN: ((len(piece.span),), torch.int64)}
     for name, (shape, dtype) in held.items():
         if layout is None:
             schema[name] = (shape if name == "step" else (piece.numel,), dtype)

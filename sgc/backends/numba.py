@@ -1,4 +1,4 @@
-"""The stages compiled for a CPU, where numba is installed: tensors in, tensors out, `sgc.loops` on every thread.
+"""The stages compiled for a CPU, where numba is installed: tensors in, tensors out, on every thread.
 
 `SGC_KERNELS` in the environment decides: "auto", the default, takes numba where it is, "torch" never, "numba" insists.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgc import dispatch
+from sgc import backends
 
 PART_ENTRIES = 1 << 18  # rows or chunks of so many entries are one task, whatever the number of threads
 BLOCK_ENTRIES = 1 << 20  # entries of a 16-bit gradient that are turned to fp32 at a time
@@ -33,30 +33,30 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pools.clear)  # a child has none of its parent's threads
 
 
-def choose() -> dispatch.Choice:
+def choose() -> backends.Choice:
     """Say whether a CPU takes numba or torch, and why.
 
     Raises:
         RuntimeError: `SGC_KERNELS` is "numba", and numba is not installed.
     """
-    return _choose(dispatch.requested())
+    return _choose(backends.requested())
 
 
 @functools.cache
-def _choose(mode: str) -> dispatch.Choice:
+def _choose(mode: str) -> backends.Choice:
     if mode in ("torch", "triton"):
-        return dispatch.Choice("torch", f"{dispatch.VARIABLE}={mode}")
+        return backends.Choice("torch", f"{backends.VARIABLE}={mode}")
     if not _installed():
         if mode == "numba":
-            raise RuntimeError(f'{dispatch.VARIABLE}=numba asks for numba, which is missing: pip install "sgc[numba]"')
-        return dispatch.Choice("torch", 'numba is not installed: pip install "sgc[numba]"')
+            raise RuntimeError(f'{backends.VARIABLE}=numba asks for numba, which is missing: pip install "sgc[numba]"')
+        return backends.Choice("torch", 'numba is not installed: pip install "sgc[numba]"')
     try:
         _loops()
     except ImportError as error:  # as where numba is too old for this numpy
         if mode == "numba":
             raise
-        return dispatch.Choice("torch", f"numba can't be imported: {error}")
-    return dispatch.Choice("numba", f"numba {metadata.version('numba')}")
+        return backends.Choice("torch", f"numba can't be imported: {error}")
+    return backends.Choice("numba", f"numba {metadata.version('numba')}")
 
 
 def usable(*tensors: Tensor) -> bool:
@@ -242,6 +242,6 @@ def _installed() -> bool:
 
 @functools.cache
 def _loops() -> Any:
-    from sgc import loops
+    from sgc.backends import loops
 
     return loops

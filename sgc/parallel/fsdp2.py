@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sgc import memory
 from sgc.codec.layout import Layout
 from sgc.codec.project import Projection
 from sgc.moments import FACTORED
+from sgc.state import QUANTIZED_BLOCK, chunks_per_slice, is_doubly_compressed, state_schema, tensor_layout
 from sgc.step import (
     Update,
     Whitening,
@@ -38,7 +38,6 @@ from sgc.step import (
     whiten_by,
     whitened_update,
 )
-from sgc.storage import QUANTIZED_BLOCK
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -97,7 +96,7 @@ def shard_of(param: DTensor, group: Mapping[str, Any], name: str) -> Shard:
             "SGC trains tensors that are sharded along dimension 0 over one dimension of the mesh, as by FSDP2, "
             f"{name} has placements {tuple(placements)}"
         )
-    if memory.is_doubly_compressed(param.shape, group):
+    if is_doubly_compressed(param.shape, group):
         raise ValueError(f"rank must be None where tensors are sharded, got {group['rank']} for {name}")
     if not split:
         return Shard(mesh, None, 0, param.shape[0] if param.dim() else 1)
@@ -111,7 +110,7 @@ def is_cut(layout: Layout, group: Mapping[str, Any]) -> bool:
     """Whether a boundary between indices of dim 0 may cut what the state of a tensor is made of."""
     if group["recovered"] is None:  # no sketch, and every entry moves
         return layout.rows_per_slice() is None
-    pieces = memory.chunks_per_slice(layout)
+    pieces = chunks_per_slice(layout)
     if pieces is None:
         return True
     quantized = group["sketch_size"] and group["state_dtype"] == "int8"
@@ -120,10 +119,10 @@ def is_cut(layout: Layout, group: Mapping[str, Any]) -> bool:
 
 def state_placements(param: DTensor, group: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype, bool]]:
     """Name every state tensor of a parameter with its whole shape, its dtype and whether it is sharded."""
-    layout = memory.tensor_layout(param.shape, group)
+    layout = tensor_layout(param.shape, group)
     everywhere = {"step"} if layout is None else {"step", "col"}
     cut = layout is not None and is_cut(layout, group)
-    schema = memory.state_schema(param.shape, group)
+    schema = state_schema(param.shape, group)
     return {name: (shape, dtype, not cut and name not in everywhere) for name, (shape, dtype) in schema.items()}
 
 
@@ -219,7 +218,7 @@ class Part:
         self.shard, self.group = shard, group
         self.weight, self.gradient = param.to_local(), gradient.to_local()
         self.state = {key: local(value) for key, value in state.items()}
-        self.layout = memory.tensor_layout(param.shape, group)  # of the whole tensor
+        self.layout = tensor_layout(param.shape, group)  # of the whole tensor
         self.cut = self.layout is not None and is_cut(self.layout, group)
         self.factored = self.layout is not None and group["moments"] in FACTORED
         self.norm: Tensor  # of the whole gradient, as soon as the statistics are reduced

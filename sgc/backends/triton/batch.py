@@ -16,11 +16,9 @@ import torch
 import triton
 from torch import Tensor
 
-from sgc.codec.layout import Layout
-from sgc.codec.project import Projection
-from sgc.kernels import decode, dense, encode
-from sgc.kernels.chunks import on_device_of
-from sgc.kernels.dense import (
+from sgc.backends.triton import decode, dense, encode
+from sgc.backends.triton.chunks import on_device_of
+from sgc.backends.triton.dense import (
     BLOCK,
     DTYPES,
     FOLDED,
@@ -37,6 +35,8 @@ from sgc.kernels.dense import (
     tile_height,
     tile_width,
 )
+from sgc.codec.layout import Layout
+from sgc.codec.project import Projection
 
 WAVE_ENTRIES = 1 << 30  # of the tensors launched together: their scratch takes 4 bytes for every 85 of them, 50 MB
 MOST_PLANS = 8  # sets of tensors, as experts or adapters make, whose tables are kept

@@ -1,7 +1,7 @@
 """Which path a stage of the optimizer takes: its Triton kernel, or plain torch.
 
-Every stage with a kernel has a twin in plain torch with the same results. A CPU takes torch (or, by `sgc.compiled`,
-numba, where it is installed), an NVIDIA GPU the kernels.
+Every stage with a kernel has a twin in plain torch with the same results. A CPU takes torch, or
+numba where it is installed (`sgc.backends.numba`), an NVIDIA GPU the kernels.
 `SGC_KERNELS` in the environment decides otherwise: "torch" nowhere a kernel, "triton" everywhere (on a CPU inside
 Triton's interpreter, which `TRITON_INTERPRET=1` must have switched on before triton was imported), "auto" as said.
 """
@@ -66,7 +66,7 @@ def choose(stage: str, device: torch.device, obstacle: str | None = None) -> Cho
 
 
 def requested() -> str:
-    """Give what `SGC_KERNELS` asks for, "auto" where it is not set; "numba" is about a CPU only (`sgc.compiled`).
+    """Give what `SGC_KERNELS` asks for, "auto" where it is not set; "numba" is about a CPU only (`sgc.backends.numba`).
 
     Raises:
         ValueError: it is something else than "auto", "torch", "triton" or "numba".

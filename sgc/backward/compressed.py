@@ -27,11 +27,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from sgc import memory, moments, ranks
+from sgc import moments
 from sgc.arguments import check_group
 from sgc.checks import whole
 from sgc.codec.layout import Layout
 from sgc.codec.project import mix
+from sgc.parallel import ranks
+from sgc.state import has_basis, tensor_layout
 from sgc.step import Whitening, encode, gradient_norm, mean_squares, whiten_by
 from sgc.surroundings import shielded
 
@@ -549,7 +551,7 @@ class Compressor:
 
     def _check_sizes(self, slot: Slot) -> None:
         """Raise RuntimeError if a parameter or its group is of other sizes than when it was attached."""
-        layout = memory.tensor_layout(slot.param.shape, slot.group)
+        layout = tensor_layout(slot.param.shape, slot.group)
         if layout is None or _shapes(layout, slot.group, slot.sample_every) != slot.shapes:
             raise RuntimeError(
                 f"{self._owner()._name_of(slot.param)} or its group is of other sizes than when it was attached: call "
@@ -874,7 +876,7 @@ def _slots(compressor: Compressor, optimizer: SGC, sample_every: int) -> list[Sl
     """Make a slot for every parameter whose gradients can be compressed."""
     slots = []
     for number, param, group in optimizer._numbered():
-        layout = memory.tensor_layout(param.shape, group)
+        layout = tensor_layout(param.shape, group)
         if layout is None or not param.requires_grad:
             continue
         if not group["sketch_size"] and group["recovered"] is not None:
@@ -882,7 +884,7 @@ def _slots(compressor: Compressor, optimizer: SGC, sample_every: int) -> list[Sl
                 f"without a sketch, compressed gradients hold one entry in {sample_every}, and sparsity="
                 f"{group['sparsity']} selects among all: set sketch_size, or leave sparsity out"
             )
-        if memory.has_basis(param.shape, group):
+        if has_basis(param.shape, group):
             raise ValueError(
                 f"compressed gradients need a projection that does not depend on the data, got rank={group['rank']}; "
                 "set rank=None"

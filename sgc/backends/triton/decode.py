@@ -10,10 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sgc.codec.layout import Layout
-from sgc.codec.project import Projection
-from sgc.codec.recover import RIDGE
-from sgc.kernels.chunks import (
+from sgc.backends.triton.chunks import (
     NO_TAG,
     OUTSIDE,
     PADDING,
@@ -31,7 +28,10 @@ from sgc.kernels.chunks import (
     start_of,
     tag_of,
 )
-from sgc.kernels.dense import mixed, noise_of
+from sgc.backends.triton.dense import mixed, noise_of
+from sgc.codec.layout import Layout
+from sgc.codec.project import Projection
+from sgc.codec.recover import RIDGE
 
 MOST_ENTRIES = 2048  # of a chunk: the correlations of 16 chunks are held in registers
 MOST_RECOVERED = 32  # the Gram matrices are held there, too

@@ -1,0 +1,1 @@
+"""Triton kernels of the stages, each with a twin in plain torch. `sgc.backends` says when they run."""

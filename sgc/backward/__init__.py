@@ -1,0 +1,1 @@
+"""What hooks do while backward goes on."""
