@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sgc.checks import sequence, shown, whole, word
-from sgc.codec.layout import make_layout
+from sgc.codec.layout import Layout, make_layout
 from sgc.codec.project import Projection, check_projection
 from sgc.codec.recover import METHODS, recover
 from sgc.codec.sparsify import top_entries
@@ -70,15 +70,44 @@ class Codec:
             TypeError: x is not a dense real floating-point tensor.
         """
         _check_dense("x", x)
-        layout = make_layout(x.shape, self.chunk_size)
+        return self._encode(x, make_layout(x.shape, self.chunk_size), self.sparsity)[0]
+
+    def encode_rows(self, x: Tensor, *, sparsity: int | None = None) -> tuple[Tensor, Tensor]:
+        """Sparsify and project vectors, each as `encode` would, and return what that leaves out of them.
+
+        Error feedback adds the rest of a vector to the next one.
+
+        Args:
+            x: (B, d) real floating point, finite.
+            sparsity: entries to keep of each chunk; default s.
+
+        Returns:
+            The sketches (B, c, min(k, n)) in fp32, and the vectors (B, d) with what was kept of them set to zero.
+
+        Raises:
+            TypeError: x is not a dense real floating-point tensor.
+            ValueError: a sparsity below 1.
+        """
+        _check_dense("x", x)
+        sparsity = self.sparsity if sparsity is None else whole("sparsity", sparsity, at_least=1)
+        one = make_layout(x.shape[1:], self.chunk_size)
+        rest = torch.nn.functional.pad(x, (0, one.chunks * one.chunk - one.numel))
+        rows = Layout((rest.numel(),), len(x) * one.chunks, one.chunk, one.chunk)
+        sketch, index = self._encode(rest, rows, sparsity)
+        rest = rest.view(-1, one.chunk).scatter(1, index, 0.0).view(rest.shape)
+        return sketch.view(len(x), one.chunks, -1), rest[:, : one.numel]
+
+    def _encode(self, x: Tensor, layout: Layout, sparsity: int) -> tuple[Tensor, Tensor]:
+        """Return the sketch of a tensor, and the positions (c, s) of what was kept of its chunks."""
         check_projection(layout.chunk, self.sketch_size)
         shape = (layout.chunks, min(self.sketch_size, layout.chunk))
         sketch = torch.empty(shape, dtype=torch.float32, device=x.device)
+        kept = torch.empty(layout.chunks, min(sparsity, layout.chunk), dtype=torch.int64, device=x.device)
         grid = layout.grid(x)
         for rows, chunks in layout.blocks():
-            index, value = top_entries(layout.cut(grid[rows].float()), self.sparsity)
-            sketch[chunks] = self._projection.project(index, value, layout.chunk)
-        return sketch
+            kept[chunks], value = top_entries(layout.cut(grid[rows].float()), sparsity)
+            sketch[chunks] = self._projection.project(kept[chunks], value, layout.chunk)
+        return sketch, kept
 
     def decode(
         self, sketch: Tensor, shape: Sequence[int], *, sparsity: int | None = None, method: str = "omp"

@@ -112,6 +112,25 @@ def test_encoding_leaves_its_input_alone():
     assert torch.equal(sketch, kept)
 
 
+@given(
+    st.integers(1, 4),
+    st.sampled_from([1, 7, 100, 257, 900]),
+    st.sampled_from([None, 64, 100]),
+    st.sampled_from([20, 300]),
+    st.integers(1, 5),
+)
+def test_rows_are_encoded_each_as_a_vector_of_its_own(number, d, chunk_size, k, s):
+    """Bit for bit; and what was kept plus the rest are the vector."""
+    x = torch.randn(number, d, generator=torch.Generator().manual_seed(d))
+    sketches, rest = Codec(chunk_size, k, sparsity=9).encode_rows(x, sparsity=s)
+    codec = Codec(chunk_size, k, s)
+    assert torch.equal(sketches, torch.stack([codec.encode(row) for row in x]))
+    assert torch.equal(sketches, torch.stack([codec.encode(row) for row in x - rest]))
+    assert torch.equal(rest[rest != 0], x[rest != 0])
+    chunks = lay_out((d,), chunk_size)[0]
+    assert [int((rest[0, chunk] == 0).sum()) for chunk in chunks] == [min(s, len(chunk)) for chunk in chunks]
+
+
 def test_placing_leaves_out_what_fell_on_padding():
     flat = torch.zeros(5)
     index, position = torch.tensor([[0, 2], [1, 2]]), torch.tensor([[0, 2], [4, 5]])
