@@ -7,7 +7,7 @@
 | `AnalogDownlink` | θ uncoded; each device scales what it hears (MMSE) [NOISY] | nobody |
 | `SelectionDownlink` | Q(θ − θ̂_m) to each of the J devices with the best channels [SELECT] | θ̂_m of every device |
 
-[NOISY] arXiv 2008.11141, [SELECT] arXiv 2107.03510. What is given there and what is ours is said at each class.
+[NOISY] arXiv 2008.11141, [SELECT] arXiv 2107.03510. Each class says what its paper gives and what is ours.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class Traffic:
 
 
 @dataclass
-class Reception:
-    """One round of a downlink, opened: who takes part, and what each receives.
+class DownlinkRound:
+    """One round of a downlink: whom it serves, and what each device receives.
 
     Args:
-        devices: (J,) int64, the participants.
+        devices: (J,) int64, those that are served.
         traffic: what was used.
-        messages: what digital links send, by device: it moves the θ̂_m that the device holds, whether it takes part or
+        messages: what digital links send, by device: it moves the θ̂_m that the device holds, whether it is served or
             only listens.
     """
 
@@ -62,7 +62,7 @@ class Reception:
     messages: dict[int, Quantized] = field(default_factory=dict)
 
     def receive(self, devices: Tensor) -> Tensor:
-        """Give θ̂_m of some participants (B,) as (B, d) fp32, not to be written to."""
+        """Return θ̂_m of some served devices (B,) as (B, d) fp32, not to be written to."""
         raise NotImplementedError  # as it is, this class is the round that served nobody: there is nothing to receive
 
 
@@ -74,20 +74,20 @@ class Downlink(abc.ABC):
         return 0
 
     @abc.abstractmethod
-    def send(self, theta: Tensor, candidates: Tensor, num_devices: int, memory: Memory, draws: Draws) -> Reception:
+    def send(self, theta: Tensor, asked: Tensor, num_devices: int, memory: Memory, draws: Draws) -> DownlinkRound:
         """Send θ.
 
         Args:
             theta: θ (d,) fp32.
-            candidates: (·,) int64, the devices that the server would like to take part.
+            asked: (·,) int64, the devices that the server asks to take part.
             num_devices: M, all that listen.
             memory: θ̂ (rows, d), written in place, or None.
             draws: of this link in this round.
         """
 
 
-class _Shared(Reception):
-    """Every participant holds the same vector."""
+class _SharedRound(DownlinkRound):
+    """Every device holds the same vector."""
 
     def __init__(self, value: Tensor, devices: Tensor, traffic: Traffic) -> None:
         super().__init__(devices, traffic)
@@ -100,9 +100,9 @@ class _Shared(Reception):
 class IdealDownlink(Downlink):
     """Every device receives θ without error and without cost."""
 
-    def send(self, theta: Tensor, candidates: Tensor, num_devices: int, memory: Memory, draws: Draws) -> Reception:
-        """Hand θ over; see `Downlink.send`."""
-        return _Shared(theta, candidates, Traffic())
+    def send(self, theta: Tensor, asked: Tensor, num_devices: int, memory: Memory, draws: Draws) -> DownlinkRound:
+        """Send θ as it is; see `Downlink.send`."""
+        return _SharedRound(theta, asked, Traffic())
 
 
 class DigitalDownlink(Downlink):
@@ -125,18 +125,18 @@ class DigitalDownlink(Downlink):
         """One θ̂ for all."""
         return 1
 
-    def send(self, theta: Tensor, candidates: Tensor, num_devices: int, memory: Memory, draws: Draws) -> Reception:
+    def send(self, theta: Tensor, asked: Tensor, num_devices: int, memory: Memory, draws: Draws) -> DownlinkRound:
         """Move θ̂ by the quantized difference; see `Downlink.send`. A link too thin for one entry serves nobody."""
         assert memory is not None
         rates = capacities(self.channel, range(num_devices), self.symbols, draws)
         message = quantize_within(theta - memory[0], whole_bits(float(rates.min())), draws.generator("rounding"))
         if message is None:
-            return Reception(candidates[:0], Traffic(bits=0, silent=len(candidates)))
+            return DownlinkRound(asked[:0], Traffic(bits=0, silent=len(asked)))
         memory[0] += message.dense()
         traffic = Traffic(message.bits, self.symbols * self.channel.subchannels, self.channel.power)
-        reception = _Shared(memory[0], candidates, traffic)
-        reception.messages = dict.fromkeys(range(num_devices), message)
-        return reception
+        round_ = _SharedRound(memory[0], asked, traffic)
+        round_.messages = dict.fromkeys(range(num_devices), message)
+        return round_
 
 
 class AnalogDownlink(Downlink):
@@ -153,14 +153,14 @@ class AnalogDownlink(Downlink):
     def __init__(self, channel: Channel) -> None:
         self.channel = instance("channel", channel, Channel)
 
-    def send(self, theta: Tensor, candidates: Tensor, num_devices: int, memory: Memory, draws: Draws) -> Reception:
+    def send(self, theta: Tensor, asked: Tensor, num_devices: int, memory: Memory, draws: Draws) -> DownlinkRound:
         """Broadcast θ; see `Downlink.send`."""
         symbols = self.channel.symbols_for(len(theta))
-        return _Broadcast(self.channel, theta, symbols, candidates, draws)
+        return _BroadcastRound(self.channel, theta, symbols, asked, draws)
 
 
-class _Broadcast(Reception):
-    """Every participant hears θ through gains and noise of its own, drawn when it is asked for."""
+class _BroadcastRound(DownlinkRound):
+    """Every device hears θ through gains and noise of its own, drawn when it receives."""
 
     def __init__(self, channel: Channel, theta: Tensor, symbols: int, devices: Tensor, draws: Draws) -> None:
         self.channel, self.draws, self.size = channel, draws, len(theta)
@@ -173,7 +173,7 @@ class _Broadcast(Reception):
         super().__init__(devices, Traffic(None, symbols * channel.subchannels, power))
 
     def receive(self, devices: Tensor) -> Tensor:
-        if not self.alpha:  # nothing was sent, and that says it all
+        if not self.alpha:  # nothing was sent: θ is zero
             return torch.zeros(self.size).expand(len(devices), -1)
         symbols = self.sent.shape[1]
         gains = self.channel.gains(devices.tolist(), symbols, self.draws)[:, 0]
@@ -210,13 +210,13 @@ class SelectionDownlink(Downlink):
             raise ValueError(f"participants must be at most num_devices={num_devices}, got {self.participants}")
         return num_devices
 
-    def send(self, theta: Tensor, candidates: Tensor, num_devices: int, memory: Memory, draws: Draws) -> Reception:
+    def send(self, theta: Tensor, asked: Tensor, num_devices: int, memory: Memory, draws: Draws) -> DownlinkRound:
         """Select, and move the selected devices' θ̂_m; see `Downlink.send`."""
         assert memory is not None
-        quality = over_devices(self.channel.quality, self.channel, candidates.tolist(), self.symbols, draws)
-        equals = torch.randperm(len(candidates), generator=draws.generator("equals"))
+        quality = over_devices(self.channel.quality, self.channel, asked.tolist(), self.symbols, draws)
+        equals = torch.randperm(len(asked), generator=draws.generator("equals"))
         best = equals[quality[equals].argsort(descending=True, stable=True)][: self.participants].sort().values
-        chosen, shares = candidates[best].tolist(), share(self.symbols, len(best))
+        chosen, shares = asked[best].tolist(), split_symbols(self.symbols, len(best))
         rates = capacities(self.channel, chosen, self.symbols, draws).tolist()
         messages: dict[int, Quantized] = {}
         for device, bits in zip(chosen, budgets(rates, shares, self.symbols), strict=True):
@@ -227,15 +227,15 @@ class SelectionDownlink(Downlink):
         traffic = Traffic(sum(message.bits for message in messages.values()), silent=len(best) - len(messages))
         if messages:
             traffic.channel_uses, traffic.power = self.symbols * self.channel.subchannels, self.channel.power
-        return _Remembered(memory, messages, traffic)
+        return _RememberedRound(memory, messages, traffic)
 
     def message(self, theta: Tensor, held: Tensor, bits: float, draws: Draws, device: int) -> Quantized | None:
         """Quantize θ − θ̂_m into what one device's share carries."""
         return quantize_within(theta - held, bits, draws.generator("rounding", device))
 
 
-class _Remembered(Reception):
-    """Every participant has its own row of the memory."""
+class _RememberedRound(DownlinkRound):
+    """Every device has its own row of the memory."""
 
     def __init__(self, memory: Tensor, messages: dict[int, Quantized], traffic: Traffic) -> None:
         super().__init__(torch.tensor(list(messages), dtype=torch.int64), traffic, messages)
@@ -255,7 +255,7 @@ def mmse(heard: Tensor, gains: Tensor, symbol_energy: float, noise_variance: flo
         noise_variance: σ².
     """
     strength = gains.abs().square() + noise_variance / symbol_energy
-    # where neither a channel nor noise is, nothing is heard, and 0 is what the limit gives
+    # without gain and noise nothing is heard, and the limit is 0
     return torch.where(strength > 0, gains.conj() * heard / strength, 0)
 
 
@@ -273,9 +273,9 @@ def over_devices(
     return torch.cat([measure(channel.gains(part, symbols, draws), symbols) for part in parts])
 
 
-def share(symbols: int, participants: int) -> list[int]:
-    """Share T OFDM symbols among J devices, the first get what is left over."""
-    return [symbols // participants + (j < symbols % participants) for j in range(participants)]
+def split_symbols(symbols: int, served: int) -> list[int]:
+    """Split T OFDM symbols among J devices, the first get what is left over."""
+    return [symbols // served + (j < symbols % served) for j in range(served)]
 
 
 def budgets(rates: Sequence[float], shares: Sequence[int], symbols: int) -> list[float]:

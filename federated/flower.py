@@ -44,11 +44,11 @@ except ImportError as error:
 
 from federated.arguments import chosen, instance, positive, share
 from federated.device import Batch, LocalTraining, draw_batches
-from federated.downlink import Downlink, IdealDownlink, Memory, Reception
+from federated.downlink import Downlink, DownlinkRound, IdealDownlink, Memory
 from federated.draws import Draws
 from federated.quantize import Quantized
 from federated.server import Server, sample, sound
-from federated.uplink import Encoded, IdealUplink, Superposition, Uplink
+from federated.uplink import Encoded, IdealUplink, Uplink, UplinkRound
 from sgc.checks import whole
 
 QUERY = MessageType.QUERY
@@ -220,7 +220,7 @@ def _draws(config: Any) -> Draws:
 
 @dataclass(frozen=True)
 class Update:
-    """What a device answers, checked; whether it can be added up is for `Superposition.hear` to say.
+    """What a device answers, checked; whether it can be added up is for `UplinkRound.hear` to say.
 
     Args:
         samples: B_m.
@@ -337,8 +337,8 @@ class RadioStrategy(Strategy):
         self._told: set[int] = set()  # devices that know their θ̂_m
         self._messaged: set[int] = set()
         self._silent: set[int] = set()  # devices that did not answer when they were asked last
-        self._down: Reception | None = None
-        self._up: Superposition | None = None
+        self._down: DownlinkRound | None = None
+        self._up: UplinkRound | None = None
 
     def summary(self) -> None:
         """Say nothing: the rounds' metrics say it."""

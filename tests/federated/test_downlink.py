@@ -11,7 +11,7 @@ from federated.downlink import (
     IdealDownlink,
     SelectionDownlink,
     mmse,
-    share,
+    split_symbols,
 )
 from federated.draws import Draws
 from federated.quantize import MOST_BITS
@@ -175,7 +175,7 @@ def test_a_device_whose_own_link_is_too_thin_is_left_out():
 
 @pytest.mark.parametrize(("symbols", "participants"), [(10, 3), (400, 40), (3, 5)])
 def test_all_ofdm_symbols_are_shared_out(symbols, participants):
-    shares = share(symbols, participants)
+    shares = split_symbols(symbols, participants)
     assert sum(shares) == symbols
     assert max(shares) - min(shares) <= 1
 

@@ -262,12 +262,13 @@ def test_the_noiseless_sketched_uplink_decodes_the_sum():
 def test_a_sketch_is_the_codecs_and_what_it_dropped_is_kept():
     uplink, memory = SKETCH(IdealUplink()), torch.zeros(M, D)
     play(uplink, memory=memory)
-    sketches, sparse = uplink.sketch(UPDATE, 5)
+    sent = uplink.encode(ALL, UPDATE, None, [], DRAWS)
     codec = Codec(250, 100, 5)
     for m in range(M):
-        assert torch.equal(sketches[m].view(4, 100), codec.encode(UPDATE[m]))
-        assert torch.equal(memory[m], UPDATE[m] - sparse[m])
-        assert (sparse[m].view(4, 250) != 0).sum(1).tolist() == [5, 5, 5, 5]
+        assert torch.equal(sent.payload[m].view(4, 100), codec.encode(UPDATE[m]))
+        assert torch.equal(memory[m], sent.held[m])
+        assert torch.equal(sent.payload[m].view(4, 100), codec.encode(UPDATE[m] - memory[m]))
+        assert ((UPDATE[m] - memory[m]).view(4, 250) != 0).sum(1).tolist() == [5, 5, 5, 5]
 
 
 @pytest.mark.parametrize("size", [1, 7, 249, 1001, 7850])
@@ -276,7 +277,8 @@ def test_vectors_of_any_length_are_sketched_as_the_codec_does(size):
     x = torch.randn(2, size, generator=torch.Generator().manual_seed(size))
     expected = uplink.codec.encode(x[1])
     assert tuple(expected.shape) == uplink.sketch_shape(size)
-    assert torch.equal(uplink.sketch(x, 3)[0][1].view_as(expected), expected)
+    sent = uplink.encode(torch.arange(2), x, None, [], DRAWS)
+    assert torch.equal(sent.payload[1].view_as(expected), expected)
 
 
 def test_equal_supports_above_the_bound_are_recovered_exactly():
@@ -293,9 +295,9 @@ def test_the_residual_holds_what_was_received_and_not_recovered():
     plain = SKETCH(IdealUplink())
     for t in range(4):
         update = UPDATE.roll(t, 0)
-        received += (WEIGHT @ plain.sketch(update, 5)[0]).view(4, 100) / WEIGHT.sum()
+        received += (WEIGHT @ plain.codec.encode_rows(update)[0].flatten(1)).view(4, 100) / WEIGHT.sum()
         estimate, _ = play(uplink, update)
-        recovered += plain.sketch(estimate[None], 20)[0].view(4, 100)
+        recovered += plain.codec.encode_rows(estimate[None], sparsity=20)[0][0]
     assert close(recovered + uplink.state()["residual"], received, 1e-4)
     other = SKETCH(IdealUplink(), residual=1.0)
     other.load_state({name: value.clone() for name, value in uplink.state().items()}, D)
