@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from federated.device import IGNORED
-from federated.downlink import Traffic
+from federated.downlink import DownlinkRound, Traffic
 
 
 @dataclass
@@ -63,51 +63,71 @@ class Tally:
 
     def __init__(self, number: int, theta: Tensor) -> None:
         self.row, self.theta = Row(number), theta
+        self.served, self.failed, self.loss = 0, 0, 0.0
+        self.error_down, self.measured = 0.0, 0
         self.sum, self.weight = torch.zeros_like(theta), 0.0
-        self.loss, self.error_down, self.served = 0.0, 0.0, 0
 
-    def downlink(self, traffic: Traffic) -> None:
-        """Note what the downlink used."""
-        self.row.bits_down, self.row.channel_uses_down = traffic.bits, traffic.channel_uses
-        self.row.power_down, self.row.silent_down = traffic.power, traffic.silent
+    def downlink(self, down: DownlinkRound) -> None:
+        """Record whom the downlink serves, and what it used."""
+        row, traffic = self.row, down.traffic
+        row.bits_down, row.channel_uses_down = traffic.bits, traffic.channel_uses
+        row.power_down, row.silent_down = traffic.power, traffic.silent
+        self.served = len(down.devices)
 
-    def devices(
-        self, theta_hat: Tensor, update: Tensor, loss: Tensor, samples: Tensor, sent: Tensor, missed: Tensor
-    ) -> None:
-        """Note what some devices (B,) received and made of it, whose updates were sent, and who was late."""
+    def count(self, loss: Tensor, *, late: int, dropped: int, failed: int = 0) -> None:
+        """Count what became of some served devices.
+
+        Args:
+            loss: of the participants among them (·,).
+            late: how many missed the round.
+            dropped: how many have updates that can't be added up.
+            failed: how many reported an error.
+        """
+        self.row.participants += len(loss)
+        self.row.late += late
+        self.row.dropped += dropped
+        self.failed += failed
+        self.loss += float(loss.double().sum())
+
+    def measure(self, theta_hat: Tensor, update: Tensor, samples: Tensor, sent: Tensor) -> None:
+        """Record what some devices (B,) received and made of it, for the errors that only a simulator can know.
+
+        Args:
+            theta_hat: θ̂_m (B, d).
+            update: Δ_m (B, d).
+            samples: B_m (B,).
+            sent: (B,) bool, whose updates were sent.
+        """
         shared = theta_hat.stride(0) == 0  # one row, seen by all
         error = (theta_hat[:1] if shared else theta_hat) - self.theta
         self.error_down += float(error.square().sum(1).double().sum()) * (len(theta_hat) if shared else 1)
-        self.served += len(theta_hat)
-        self.row.late += int(missed.sum())
-        self.row.dropped += int((~sent & ~missed).sum())
-        self.row.participants += int(sent.sum())
+        self.measured += len(theta_hat)
         self.sum += samples @ update if bool(sent.all()) else samples[sent] @ update[sent]
         self.weight += float(samples[sent].double().sum())
-        self.loss += float(loss[sent].double().sum())
 
     def uplink(self, traffic: Traffic, estimate: Tensor | None) -> None:
-        """Note what the uplink used, and how far its estimate is from the mean update."""
+        """Record what the uplink used, and how far its estimate is from the mean update."""
         row, energy = self.row, float(self.theta.double().square().sum())
         row.bits_up, row.channel_uses_up = traffic.bits, traffic.channel_uses
         row.power_up, row.silent_up = traffic.power, traffic.silent
         if row.participants:
             row.train_loss = self.loss / row.participants
-        if energy:
-            row.nmse_down = self.error_down / self.served / energy
-        if estimate is not None:
+        if energy and self.measured:
+            row.nmse_down = self.error_down / self.measured / energy
+        if estimate is not None and self.weight:
             row.nmse_up = nmse(estimate, self.sum / self.weight)
 
     def unheard(self) -> Row:
-        """Note that θ stays as it was since no update was heard, and what became of them."""
+        """Record that θ stays as it was since no update was heard, and what became of them."""
         row = self.row
-        fates = {"late": row.late, "not finite or too large": row.dropped, "silent": row.silent_up}
+        fates = {"late": row.late, "failed": self.failed, "not finite or too large": row.dropped}
+        fates["silent"] = row.silent_up
         fates["lost in noise beyond fp32"] = self.served - sum(fates.values())
         known = ", ".join(f"{count} {fate}" for fate, count in fates.items() if count)
         return self.skipped(f"no update reached the server: of {self.served} devices {known}")
 
     def skipped(self, why: str) -> Row:
-        """Note that θ stays as it was."""
+        """Record that θ stays as it was, and why."""
         self.row.skipped = why
         return self.row
 
@@ -144,7 +164,7 @@ def evaluate(model: nn.Module, data: Mapping[str, Tensor], batch_size: int = 102
 
 
 def nmse(estimate: Tensor, truth: Tensor) -> float:
-    """‖estimate − truth‖²/‖truth‖², normalized mean squared error; infinite for an estimate of nothing."""
+    """Compute ‖estimate − truth‖²/‖truth‖², the normalized mean squared error; infinite for an estimate of nothing."""
     error, energy = float((estimate - truth).double().square().sum()), float(truth.double().square().sum())
     if not energy:
         return float("inf") if error else 0.0
