@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ WIDEST = 400  # characters of another program's sentence that are passed on
 
 
 def sentence(error: BaseException) -> str:
-    """Say on one line what went wrong: an error's first line, or what the system says and about which file."""
+    """Return on one line what went wrong: an error's first line, or what the system says and about which file."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"'{os.fsdecode(error.filename)}': {error.strerror}"
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:WIDEST]
@@ -61,6 +62,12 @@ def rows_of(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
             raise ValueError(f"every line of '{path}' must be a row with {', '.join(fields)}, line {number} is none")
         rows.append(row)
     return rows
+
+
+def line_of(row: Mapping[str, Any]) -> str:
+    """Return a row as a line of JSON, which has no word for what is not finite: null."""
+    held = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(held, allow_nan=False) + "\n"
 
 
 def check_folder(path: Path, what: str) -> None:

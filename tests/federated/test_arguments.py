@@ -18,6 +18,7 @@ from datasets import Dataset
 
 from federated import partition
 from federated.channel import Channel, MultipleAccess
+from federated.checkpoint import describe
 from federated.device import LocalTraining
 from federated.downlink import AnalogDownlink, DigitalDownlink, SelectionDownlink
 from federated.market import cli
@@ -151,7 +152,9 @@ def test_what_is_no_such_number_is_refused_by_name(taker, name, tmp_path, monkey
 def test_numbers_of_numpy_and_torch_are_numbers(value):
     assert Channel(subchannels=value, ofdm_symbols=value) == Channel(subchannels=3, ofdm_symbols=3)
     sim = Simulation(training(steps=value), small_data(), small_parts(), asked=value, seed=value, evaluate_every=value)
-    assert sim._describe() == Simulation(training(steps=3), small_data(), small_parts(), asked=3, seed=3)._describe()
+    assert describe(sim.world) == describe(
+        Simulation(training(steps=3), small_data(), small_parts(), asked=3, seed=3).world
+    )
 
 
 def options():
