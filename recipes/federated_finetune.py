@@ -36,8 +36,9 @@ from federated.arguments import check_options
 from federated.channel import MultipleAccess, check_snr
 from federated.device import IGNORED, LocalTraining
 from federated.files import opening
+from federated.schemes import UPLINKS, make_uplink, read_settings
 from federated.simulate import Simulation
-from federated.uplink import AnalogUplink, BlindUplink, IdealUplink, SketchedUplink, Uplink
+from federated.uplink import SketchedUplink, Uplink
 from sgc import SGC
 from word_tasks import instruction_rows
 
@@ -72,7 +73,7 @@ def examples(
 
 
 def open_rows(args: argparse.Namespace, notes: text_data.Notes) -> tuple[Dataset, Dataset]:
-    """Give training and test rows: the embedded task's, or the user's."""
+    """Open training and test rows: the embedded task's, or the user's."""
     if args.dataset is None:
         sizes = {"train": 320, "test": 32} if args.smoke else EMBEDDED
         made = [Dataset.from_list(instruction_rows(sizes[n], test=n == "test", seed=0)) for n in ("train", "test")]
@@ -81,29 +82,14 @@ def open_rows(args: argparse.Namespace, notes: text_data.Notes) -> tuple[Dataset
         return text_data.split(args.dataset, None, config=None, eval_fraction=0.05, seed=args.seed, notes=notes)
 
 
-def open_uplink(args: argparse.Namespace) -> Uplink:
-    """Make the uplink."""
-    if args.uplink == "ideal":
-        return IdealUplink()
-    channel = MultipleAccess.from_snr(
-        args.snr_db, subchannels=args.subchannels, antennas=args.antennas if args.uplink == "blind" else 1
-    )
-    over = {
-        "sketched": lambda: AnalogUplink(channel, args.threshold),
-        "analog": lambda: AnalogUplink(channel, args.threshold),
-        "blind": lambda: BlindUplink(channel),
-    }[args.uplink]()
-    if args.uplink == "analog":
-        return over
-    return SketchedUplink(
-        over,
-        chunk_size=args.chunk_size,
-        sketch_size=args.sketch_size,
-        sparsity=args.sparsity,
-        recovered=args.recovered,
-        residual=args.residual,
-        method="gomp",
-    )
+def open_uplink(args: argparse.Namespace, size: int) -> Uplink:
+    """Make the uplink, for d = size."""
+    name, over = ("sketched", "blind") if args.uplink == "blind" else (args.uplink, "analog")
+    sketch = {name: getattr(args, name) for name in ("chunk_size", "sketch_size", "sparsity", "recovered", "residual")}
+    known = {name: getattr(args, name) for name in ("antennas", "threshold")}
+    channel = MultipleAccess.from_snr(args.snr_db, subchannels=args.subchannels)
+    known |= {"channel": channel, "size": size, "over": over, "sketch": sketch | {"method": "gomp"}}
+    return make_uplink(name, read_settings(args.settings), **known)
 
 
 def open_optimizer(args: argparse.Namespace) -> Any:
@@ -114,7 +100,7 @@ def open_optimizer(args: argparse.Namespace) -> Any:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, with everything written to the output folder; give the exit status."""
+    """Train, with everything written to the output folder; return the exit status."""
     out = federated_runs.folder_of(args)
     notes = text_data.Notes()
     trusted = {"trust_remote_code": args.trust_remote_code}
@@ -135,9 +121,10 @@ def run(args: argparse.Namespace) -> int:
         parts: list[np.ndarray] = partition.iid(train_rows, args.devices, seed=args.seed)
     else:
         parts = partition.by_column(train_rows, args.split)
-    uplink = open_uplink(args)
+    local = LocalTraining(model=model, steps=args.steps, batch_size=args.batch_size, optimizer=open_optimizer(args))
+    uplink = open_uplink(args, local.flat.size)
     sim = Simulation(
-        LocalTraining(model=model, steps=args.steps, batch_size=args.batch_size, optimizer=open_optimizer(args)),
+        local,
         train,
         parts,
         test=test,
@@ -191,7 +178,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=16)
     add("--optimizer", choices=("sgd", "adamw", "sgc"), default="adamw", help="of the local steps")
     add("--lr", type=float, default=1e-3, help="η")
-    add("--uplink", choices=("sketched", "ideal", "analog", "blind"), default="sketched", help="blind: sketched too")
+    uplinks = dict.fromkeys(("sketched", "ideal", "analog", "blind", *UPLINKS))
+    add("--uplink", choices=uplinks, default="sketched", help="blind: sketched too")
     add("--snr_db", type=float, default=20.0, help="mean SNR of a subchannel")
     add("--subchannels", type=int, default=1024, help="F")
     add("--threshold", type=float, default=0.2, help="λ")
@@ -201,6 +189,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--sparsity", type=int, default=10, help="s")
     add("--recovered", type=int, default=20, help="s'")
     add("--residual", type=float, default=0.0, help="ρ, what the server keeps in the sketch")
+    add("--settings", nargs="*", default=[], metavar="NAME=VALUE", help="of the uplink, what has no option here")
     add("--seed", type=int, default=0)
     add("--devices_at_once", type=int)
     add("--evaluate_every", type=int, default=5)

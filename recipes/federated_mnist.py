@@ -51,27 +51,13 @@ from federated import partition
 from federated.arguments import check_options
 from federated.channel import FADING, Channel, MultipleAccess, check_snr
 from federated.device import LocalTraining
-from federated.downlink import AnalogDownlink, DigitalDownlink, Downlink, IdealDownlink, SelectionDownlink
+from federated.downlink import Downlink
 from federated.files import opening, rows_of
 from federated.models import make_model
+from federated.schemes import DOWNLINKS, SCHEMES, UPLINKS, make_downlink, make_uplink, read_settings
 from federated.simulate import Simulation, tensors_of
-from federated.uplink import (
-    AnalogUplink,
-    BlindUplink,
-    IdealUplink,
-    QuantizedUplink,
-    SketchedUplink,
-    Uplink,
-    sketch_size_that_fits,
-)
+from federated.uplink import Uplink
 
-SCHEMES = {
-    "ideal": ("ideal", "ideal"),
-    "downlink-selection": ("selection", "ideal"),
-    "noisy-downlink": ("analog", "analog"),
-    "blind": ("ideal", "blind"),
-    "sketched": ("ideal", "sketched"),
-}
 MODELS = ("softmax", "cnn", "vit")
 MOST_TOKENS = 128  # of a text
 HELD_OUT = 0.2  # of data without a test split
@@ -275,54 +261,36 @@ def open_optimizer(args: argparse.Namespace) -> Callable[[Iterable[Tensor]], tor
     return partial({"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[args.optimizer], lr=args.lr)
 
 
+def link_names(args: argparse.Namespace) -> tuple[str, str]:
+    """Return the names of the downlink and the uplink: the scheme's, or others where they are given."""
+    down, up = SCHEMES[args.scheme]
+    return args.downlink or down, args.uplink or up
+
+
 def open_downlink(args: argparse.Namespace, devices: int) -> Downlink:
-    """Make the downlink of the scheme, or the one asked for, for M = devices."""
-    name = args.downlink or SCHEMES[args.scheme][0]
-    if name == "ideal":
-        return IdealDownlink()
-    arguments = {"power": args.power_down, "subchannels": args.subchannels, "fading": args.fading}
-    reference = Channel.from_snr(args.snr_db, **(arguments | {"power": 1.0}))  # SNR is stated at power 1
-    channel = Channel(noise_variance=reference.noise_variance, ofdm_symbols=args.ofdm_symbols, **arguments)
-    if name == "analog":
-        return AnalogDownlink(channel)
-    if name == "digital":
-        return DigitalDownlink(channel)
-    return SelectionDownlink(channel, args.participants or max(1, devices // 4))
+    """Make the downlink, for M = devices."""
+    name, known = link_names(args)[0], {"participants": args.participants or max(1, devices // 4)}
+    if name != "ideal":
+        arguments = {"power": args.power_down, "subchannels": args.subchannels, "fading": args.fading}
+        reference = Channel.from_snr(args.snr_db, **(arguments | {"power": 1.0}))  # SNR is stated at power 1
+        noise = reference.noise_variance
+        known["channel"] = Channel(noise_variance=noise, ofdm_symbols=args.ofdm_symbols, **arguments)
+    return make_downlink(name, **known)
 
 
 def open_uplink(args: argparse.Namespace, size: int) -> Uplink:
-    """Make the uplink of the scheme, or the one asked for, for d = size."""
-    name = args.uplink or SCHEMES[args.scheme][1]
-    if name == "ideal":
-        return IdealUplink()
-    if name == "quantized":
-        return QuantizedUplink(levels=args.levels)
-    snr = args.snr_db if args.snr_up_db is None else args.snr_up_db
-    antennas = args.antennas if name == "blind" else 1
+    """Make the uplink, for d = size."""
     channel = MultipleAccess.from_snr(
-        snr,
+        args.snr_db if args.snr_up_db is None else args.snr_up_db,
         subchannels=args.subchannels,
         fading=args.fading,
-        antennas=antennas,
         csi_error_variance=args.csi_error,
         ofdm_symbols=args.ofdm_symbols_up,
     )
-    if name == "blind":
-        return BlindUplink(channel)
-    if name == "analog":
-        return AnalogUplink(channel, args.threshold)
-    fits = args.sketch_size
-    if args.ofdm_symbols_up is not None:
-        fits = min(fits, sketch_size_that_fits(size, args.chunk_size, channel))
-    return SketchedUplink(
-        AnalogUplink(channel, args.threshold),
-        chunk_size=args.chunk_size,
-        sketch_size=fits,
-        sparsity=args.sparsity,
-        recovered=args.recovered,
-        residual=args.residual,
-        method="gomp",
-    )
+    sketch = {name: getattr(args, name) for name in ("chunk_size", "sketch_size", "sparsity", "recovered", "residual")}
+    known = {name: getattr(args, name) for name in ("antennas", "threshold", "levels")}
+    known |= {"channel": channel, "size": size, "sketch": sketch | {"method": "gomp"}}
+    return make_uplink(link_names(args)[1], read_settings(args.settings), **known)
 
 
 def split(args: argparse.Namespace, rows: Dataset) -> list[np.ndarray]:
@@ -343,7 +311,7 @@ def simulation(args: argparse.Namespace, data: Data, output_dir: Path | None) ->
         raise ValueError(f"participants must be at most the {len(parts)} devices, got {args.participants}")
     model = open_model(args, data)
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    selects = (args.downlink or SCHEMES[args.scheme][0]) == "selection"
+    selects = link_names(args)[0] == "selection"
     return Simulation(
         LocalTraining(
             model=model, steps=args.steps, batch_size=args.batch_size or None, optimizer=open_optimizer(args)
@@ -416,7 +384,7 @@ def run(args: argparse.Namespace) -> int:
         if "accuracy" in row or row["skipped"]:
             tqdm.write(line_of({"accuracy": 0.0, "loss": 0.0} | row))
     rows = rows_of(out / "rows.jsonl", {"round": int}) if (out / "rows.jsonl").exists() else []
-    down, up = args.downlink or SCHEMES[args.scheme][0], args.uplink or SCHEMES[args.scheme][1]
+    down, up = link_names(args)
     plot_curve(out / "curve.png", rows, f"{args.scheme}: {down} down, {up} up, {args.split} split")
     return federated_runs.finish(sim, out, args.rounds, "curve.png", "devices.png")
 
@@ -429,8 +397,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--scheme", choices=SCHEMES, default="ideal")
-    add("--downlink", choices=("ideal", "selection", "digital", "analog"), help="another than the scheme's")
-    add("--uplink", choices=("ideal", "quantized", "analog", "blind", "sketched"), help="another than the scheme's")
+    add("--downlink", choices=DOWNLINKS, help="another than the scheme's")
+    add("--uplink", choices=UPLINKS, help="another than the scheme's")
     add("--dataset", default="digits", help="digits, mnist, a file, a folder, or a name on the hub")
     add("--dataset_config", help="of a data set on the hub that has several")
     add("--label_column", help="of a data set on the hub")
@@ -465,6 +433,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--sparsity", type=int, default=32, help="s")
     add("--recovered", type=int, help="s'; default 2·s")
     add("--residual", type=float, default=0.0, help="ρ, what the server keeps in the sketch")
+    add("--settings", nargs="*", default=[], metavar="NAME=VALUE", help="of the uplink, what has no option here")
     add("--seed", type=int, default=0)
     add("--devices_at_once", type=int, help="in memory together; default: what 1 GiB holds")
     add("--evaluate_every", type=int, default=1)
@@ -484,7 +453,7 @@ def make_parser() -> argparse.ArgumentParser:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     args = make_parser().parse_args(argv)
-    if args.ofdm_symbols is None and (args.downlink or SCHEMES[args.scheme][0]) in ("digital", "selection"):
+    if args.ofdm_symbols is None and link_names(args)[0] in ("digital", "selection"):
         args.ofdm_symbols = 200
     if args.lr is None:
         args.lr = 0.5 if args.dataset == "digits" else 0.1

@@ -27,12 +27,13 @@ from sklearn.datasets import load_digits
 from federated import partition
 from federated.channel import Channel, MultipleAccess
 from federated.device import Batch, LocalTraining
-from federated.downlink import AnalogDownlink, Downlink, IdealDownlink, SelectionDownlink
+from federated.downlink import Downlink
 from federated.files import check_folder
 from federated.flower import Device, RadioStrategy, arrays, client_app, tensor_of
 from federated.metrics import evaluate
 from federated.models import make_model
-from federated.uplink import AnalogUplink, BlindUplink, IdealUplink, SketchedUplink, Uplink
+from federated.schemes import SCHEMES, make_downlink, make_uplink, read_settings
+from federated.uplink import Uplink
 
 
 @functools.cache
@@ -45,21 +46,28 @@ def digits() -> tuple[Batch, Batch]:
     return train, held_out
 
 
-def links(scheme: str, snr_db: float, devices: int) -> tuple[Downlink, Uplink]:
-    """Make the links of a scheme."""
-    uplink = AnalogUplink(MultipleAccess.from_snr(snr_db, subchannels=16), 0.2)
-    if scheme == "ideal":
-        return IdealDownlink(), IdealUplink()
-    if scheme == "downlink-selection":
-        half = max(1, devices // 2)
-        return SelectionDownlink(Channel.from_snr(snr_db, subchannels=16, ofdm_symbols=200), half), IdealUplink()
-    if scheme == "noisy-downlink":
-        return AnalogDownlink(Channel.from_snr(snr_db, subchannels=16)), uplink
-    if scheme == "blind":
-        return IdealDownlink(), BlindUplink(MultipleAccess.from_snr(snr_db, subchannels=16, antennas=40))
-    if scheme == "sketched":
-        return IdealDownlink(), SketchedUplink(uplink, chunk_size=256, sketch_size=128, sparsity=32)
-    raise ValueError(f"scheme must be ideal, downlink-selection, noisy-downlink, blind or sketched, got {scheme!r}")
+def links(config: Any) -> tuple[Downlink, Uplink]:
+    """Make the links of the scheme that a run asks for."""
+    scheme, snr_db = str(config["scheme"]), float(config["snr-db"])
+    if scheme not in SCHEMES:
+        *names, last = SCHEMES
+        raise ValueError(f"scheme must be {', '.join(names)} or {last}, got {scheme!r}")
+    down, up = SCHEMES[scheme]
+    budget = 200 if down in ("digital", "selection") else None
+    downlink = make_downlink(
+        down,
+        channel=Channel.from_snr(snr_db, subchannels=16, ofdm_symbols=budget),
+        participants=max(1, int(config["devices"]) // 2),
+    )
+    uplink = make_uplink(
+        up,
+        read_settings(str(config["settings"]).split()),
+        channel=MultipleAccess.from_snr(snr_db, subchannels=16),
+        size=training(config).flat.size,
+        threshold=0.2,
+        sketch={"chunk_size": 256, "sketch_size": 128, "sparsity": 32},
+    )
+    return downlink, uplink
 
 
 def training(config: Any) -> LocalTraining:
@@ -83,8 +91,7 @@ def open_device(context: Context) -> Device:
 
 def open_uplink(context: Context) -> Uplink:
     """Make the uplink of the scheme that the run asks for."""
-    config = context.run_config
-    return links(str(config["scheme"]), float(config["snr-db"]), int(config["devices"]))[1]
+    return links(context.run_config)[1]
 
 
 client = client_app(open_device, open_uplink)
@@ -98,7 +105,7 @@ def main(grid: Grid, context: Context) -> None:
     if config["output"]:
         check_folder(Path(str(config["output"])), "output")
     devices, lines = int(config["devices"]), []
-    downlink, uplink = links(str(config["scheme"]), float(config["snr-db"]), devices)
+    downlink, uplink = links(config)
     train, (_, test) = training(config), digits()
 
     def judge(number: int, record: ArrayRecord) -> MetricRecord:
