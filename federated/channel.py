@@ -173,7 +173,7 @@ class Channel:
         return _in_a_round(torch.log2(1 + strength * (self.power / (self.subchannels * self.noise_variance))), symbols)
 
     def quality(self, gains: Tensor, symbols: int) -> Tensor:
-        """Say how good channels are, to compare devices by: their capacity, and without noise its limit. (ours)
+        """Rate channels, to compare devices by: their capacity, and without noise its limit. (ours)
 
         All capacities grow alike as the noise fades: what is left between two devices is Σ_t Σ_f log2|h|².
 

@@ -95,7 +95,7 @@ def read(checkpoint: Path) -> dict[str, Any]:
 
 
 def restore(checkpoint: Path, world: World, memories: Memories) -> dict[str, Any]:
-    """Go back to a checkpoint: θ, what the server and the uplink remember, and the memories.
+    """Restore a checkpoint: θ, what the server and the uplink remember, and the memories.
 
     Args:
         checkpoint: its folder.

@@ -141,7 +141,7 @@ class LocalTraining:
         return Flat.of(self.model)
 
     def in_one_call(self, theta_hat: Tensor, batches: Batches) -> bool:
-        """Tell whether a block of devices is trained in one batched call; found out once."""
+        """Whether a block of devices is trained in one batched call; found out once."""
         if self.batched is not None:
             return self.batched
         if "batched" not in self._found:
@@ -256,7 +256,7 @@ def has_batched_form(training: LocalTraining, theta_hat: Tensor, batches: Batche
 
 
 def _loss(model: nn.Module) -> Callable[[Batch, Batch], Tensor]:
-    """Give a model's loss as a function of its parameters and a batch."""
+    """Return a model's loss as a function of its parameters and a batch."""
 
     def loss(parameters: Batch, batch: Batch) -> Tensor:
         output: Any = functional_call(model, parameters, args=(), kwargs=batch)

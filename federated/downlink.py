@@ -1,4 +1,4 @@
-"""Server → devices: what each device believes the parameters are, θ̂_m, and what that cost.
+"""Server → devices: what each device takes the parameters to be, θ̂_m, and what that cost.
 
 | downlink | what travels | who remembers |
 |---|---|---|
@@ -119,7 +119,7 @@ class DigitalDownlink(Downlink):
 
     def __init__(self, channel: Channel) -> None:
         self.channel = instance("channel", channel, Channel)
-        self.symbols = _budget(channel)
+        self.symbols = _symbols_of(channel)
 
     def memory_rows(self, num_devices: int) -> int:
         """One θ̂ for all."""
@@ -201,7 +201,7 @@ class SelectionDownlink(Downlink):
 
     def __init__(self, channel: Channel, participants: int) -> None:
         self.channel = instance("channel", channel, Channel)
-        self.symbols = _budget(channel)
+        self.symbols = _symbols_of(channel)
         self.participants: int = whole("participants", participants, at_least=1)
 
     def memory_rows(self, num_devices: int) -> int:
@@ -216,10 +216,10 @@ class SelectionDownlink(Downlink):
         quality = over_devices(self.channel.quality, self.channel, asked.tolist(), self.symbols, draws)
         equals = torch.randperm(len(asked), generator=draws.generator("equals"))
         best = equals[quality[equals].argsort(descending=True, stable=True)][: self.participants].sort().values
-        chosen, shares = asked[best].tolist(), split_symbols(self.symbols, len(best))
-        rates = capacities(self.channel, chosen, self.symbols, draws).tolist()
+        selected, shares = asked[best].tolist(), split_symbols(self.symbols, len(best))
+        rates = capacities(self.channel, selected, self.symbols, draws).tolist()
         messages: dict[int, Quantized] = {}
-        for device, bits in zip(chosen, budgets(rates, shares, self.symbols), strict=True):
+        for device, bits in zip(selected, budgets(rates, shares, self.symbols), strict=True):
             message = self.message(theta, memory[device], bits, draws, device)
             if message is not None:
                 memory[device] += message.dense()
@@ -288,7 +288,8 @@ def whole_bits(bits: float) -> float:
     return bits if math.isinf(bits) else math.floor(bits)
 
 
-def _budget(channel: Channel) -> int:
+def _symbols_of(channel: Channel) -> int:
+    """Return T; raise ValueError where the channel has no budget."""
     if channel.ofdm_symbols is None:
         raise ValueError("a digital link needs a budget: set the channel's ofdm_symbols")
     return channel.ofdm_symbols

@@ -1,4 +1,4 @@
-"""Random numbers by name: each has its place in (seed, round, link, device), whoever asks first, in any blocks."""
+"""Random numbers by name: each has its place in (seed, round, link, device), whoever draws first, in any blocks."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Draws:
     path: tuple[int | str, ...]
 
     def at(self, *path: int | str) -> Draws:
-        """Go down to a named place."""
+        """Return a named place below this one."""
         return Draws((*self.path, *path))
 
     def seed(self, *path: int | str) -> int:
-        """Give the 63-bit seed of a place: the hash (BLAKE2b) of its path."""
+        """Return the 63-bit seed of a place: the hash (BLAKE2b) of its path."""
         name = "/".join(map(str, (*self.path, *path))).encode()
         return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
 
     def generator(self, *path: int | str) -> torch.Generator:
-        """Give a fresh generator for a place."""
+        """Return a fresh generator for a place."""
         return torch.Generator().manual_seed(self.seed(*path))

@@ -1,4 +1,4 @@
-"""Paths and names that people give: what can't be written is said before any work, what can't be read in a sentence."""
+"""Paths and names that people give: a path that can't be written or read is refused before any work, in a sentence."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def sentence(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def opening(what: str, name: str | Path) -> Iterator[None]:
-    """Turn whatever comes of opening something into a sentence that names it.
+    """Raise any error in opening something as a sentence that names it.
 
     Args:
         what: "the model", "the data set", …

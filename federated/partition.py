@@ -1,6 +1,6 @@
 """Who holds what: the rows of a data set, dealt out to M devices.
 
-Every function takes a `datasets.Dataset` and gives M arrays of row numbers, sorted, none of them empty.
+Every function takes a `datasets.Dataset` and returns M arrays of row numbers, sorted, none of them empty.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def iid(dataset: Dataset, num_devices: int, *, seed: int = 0) -> list[Rows]:
 
 
 def biased(dataset: Dataset, num_devices: int, *, label: str = "labels", seed: int = 0) -> list[Rows]:
-    """Give every device rows of exactly two classes.
+    """Deal every device rows of exactly two classes.
 
     Every class is cut into groups, and every device gets groups of two different classes, any two. The number of
     groups of a class follows its size (largest remainders), at most M.
@@ -110,7 +110,7 @@ def dirichlet(
 
 
 def by_column(dataset: Dataset, column: str) -> list[Rows]:
-    """Give every value of a column (a speaker, a site) a device of its own, in sorted order.
+    """Make a device of every value of a column (a speaker, a site), in sorted order.
 
     Raises:
         ValueError: there is no such column, or a value is missing.
@@ -161,7 +161,7 @@ def plot_partition(parts: Sequence[Rows], labels: NDArray[Any], path: str | Path
 
 
 def _apportion(sizes: NDArray[np.int64], total: int, most: int) -> Rows:
-    """Share out `total` groups by size: at least one and at most `most` for each, by largest remainders."""
+    """Divide `total` groups by size: at least one and at most `most` for each, by largest remainders."""
     wanted = sizes / sizes.sum() * total
     groups = np.clip(np.floor(wanted).astype(np.int64), 1, most)
     while groups.sum() != total:

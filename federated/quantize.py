@@ -39,26 +39,26 @@ class Quantized:
     bits: int
 
     def dense(self) -> Tensor:
-        """Give the vector (d,) that the receiver reads."""
+        """Return the vector (d,) that the receiver reads."""
         if self.index is None:
             return self.value
         return torch.zeros(self.size).index_put_((self.index,), self.value)
 
 
 def level_bits(levels: int) -> int:
-    """Bits of one entry: its sign and its level, 1 + ⌈log2(q + 1)⌉."""
+    """Count the bits of one entry: its sign and its level, 1 + ⌈log2(q + 1)⌉."""
     return 1 + levels.bit_length()
 
 
 def position_bits(size: int, entries: int) -> int:
-    """Bits that name which j of d entries travel: ⌈log2 C(d, j)⌉."""
+    """Count the bits that name which j of d entries travel: ⌈log2 C(d, j)⌉."""
     if size <= _EXACT_BINOMIAL or min(entries, size - entries) <= 64:
         return (math.comb(size, entries) - 1).bit_length()
     return math.ceil(float(_log2_binomial(size)[entries]))
 
 
 def message_bits(size: int, levels: int, entries: int | None = None) -> int:
-    """Bits of a message: 64 + d·(1 + ⌈log2(q+1)⌉), or for j of d entries 64 + j·(1 + ⌈log2(q+1)⌉) + ⌈log2 C(d, j)⌉.
+    """Count the bits of a message: 64 + d·(1 + ⌈log2(q+1)⌉); of j entries 64 + j·(1 + ⌈log2(q+1)⌉) + ⌈log2 C(d, j)⌉.
 
     Args:
         size: d.
@@ -161,7 +161,7 @@ def choose(magnitude: Tensor, budget: float) -> tuple[int, int] | None:
 
 
 def _entries_within(size: int, bits: int, budget: float) -> int:
-    """Give the largest j at which a message of j entries of 1 + bits bits can fit a budget, or 0.
+    """Return the largest j at which a message of j entries of 1 + bits bits can fit a budget, or 0.
 
     The cost is concave in j: where all d do not fit, those that do are the first ones.
     """
@@ -182,7 +182,7 @@ def _log2_binomial(size: int) -> Tensor:
 def _position_bits_table(size: int) -> Tensor:
     """⌈log2 C(d, j)⌉ for j from 1 to d, float64.
 
-    From 2 to d − 2 entries no binomial is a power of two, so a logarithm is safely rounded up as it lies.
+    From 2 to d − 2 entries no binomial is a power of two, so rounding its logarithm up is safe.
     """
     table = _log2_binomial(size).ceil()
     table[[0, size]] = 0.0

@@ -16,7 +16,7 @@ from federated.device import LocalTraining
 from federated.downlink import Downlink, Memory
 from federated.draws import Draws
 from federated.metrics import Row, Tally
-from federated.server import Server, late, sample
+from federated.server import Server, draw_asked, draw_late
 from federated.uplink import Uplink, UplinkRound
 
 
@@ -56,7 +56,7 @@ class Round:
     def __init__(self, station: Station, number: int) -> None:
         theta, devices = station.server.theta, station.num_devices
         self.station, self.draws, self.tally = station, station.draws.at("round", number), Tally(number, theta)
-        asked = sample(devices, station.asked, self.draws)
+        asked = draw_asked(devices, station.asked, self.draws)
         self.down = station.downlink.send(theta, asked, devices, station.theta_hat, self.draws.at("down"))
         self.tally.downlink(self.down)
 
@@ -116,7 +116,7 @@ def play(world: World, number: int) -> Row:
         theta_hat = here.down.receive(devices)  # θ̂_m
         batches = world.training.batches(world.data, world.parts, devices.tolist(), here.draws)
         update, loss = world.training.updates(theta_hat, batches)  # Δ_m = θ_m^(τ) − θ̂_m
-        missed, samples = late(devices, world.late, here.draws), world.samples[devices]
+        missed, samples = draw_late(devices, world.late, here.draws), world.samples[devices]
         sent = here.up.send(devices, update, samples, loss.isfinite() & ~missed)
         here.tally.count(loss[sent], late=int(missed.sum()), dropped=int((~sent & ~missed).sum()))
         here.tally.measure(theta_hat, update, samples, sent)

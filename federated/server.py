@@ -1,4 +1,4 @@
-"""What the server believes, what it does with the mean of the updates, whom it asks, and who comes too late."""
+"""The server: θ, its step by the mean of the updates, which devices it asks, and which are late."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ class Server:
         return True
 
     def state(self) -> dict[str, Tensor]:
-        """Give θ and what the server remembers."""
+        """Return θ and what the server remembers."""
         return {"theta": self.theta} | ({} if self.velocity is None else {"velocity": self.velocity})
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` gave.
+        """Restore what `state` returned.
 
         Raises:
             ValueError: it is of another size or type.
@@ -96,15 +96,15 @@ def check_state(state: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -
             raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 
-def sample(num_devices: int, wanted: int | None, draws: Draws) -> Tensor:
-    """Choose the devices that are asked in a round, uniformly: (wanted,) int64 ascending, all of them for None."""
-    if wanted is None or wanted == num_devices:
+def draw_asked(num_devices: int, asked: int | None, draws: Draws) -> Tensor:
+    """Draw the devices that are asked in a round, uniformly: (asked,) int64 ascending, all of them for None."""
+    if asked is None or asked == num_devices:
         return torch.arange(num_devices)
-    return torch.randperm(num_devices, generator=draws.generator("sample"))[:wanted].sort().values
+    return torch.randperm(num_devices, generator=draws.generator("sample"))[:asked].sort().values
 
 
-def late(devices: Tensor, probability: float, draws: Draws) -> Tensor:
-    """Tell which devices (B,) miss the round: each with the given probability, whoever else is asked. (B,) bool."""
+def draw_late(devices: Tensor, probability: float, draws: Draws) -> Tensor:
+    """Draw which devices (B,) miss the round, each with the given probability, whoever else is asked: (B,) bool."""
     if not probability:
         return torch.zeros(len(devices), dtype=torch.bool)
     chance = [float(torch.rand(1, generator=draws.generator("late", device))) for device in devices.tolist()]

@@ -204,7 +204,7 @@ class Simulation:
         return checkpoint.write(self.output_dir, state, self.memories)
 
     def resume(self) -> int:
-        """Go back to the last checkpoint in `output_dir`; rows of later rounds are taken out of rows.jsonl.
+        """Restore the last checkpoint in `output_dir`; rows of later rounds are taken out of rows.jsonl.
 
         Returns:
             The number of the round it was made after; 0 where there is none.

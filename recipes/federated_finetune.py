@@ -93,7 +93,7 @@ def open_uplink(args: argparse.Namespace, size: int) -> Uplink:
 
 
 def open_optimizer(args: argparse.Namespace) -> Any:
-    """Name the optimizer of the local steps."""
+    """Return what makes the optimizer of the local steps."""
     if args.optimizer == "sgc":
         return partial(SGC, lr=args.lr, sketch_size=0, sparsity=64, chunk_size=256)
     return partial({"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[args.optimizer], lr=args.lr)
@@ -210,7 +210,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run, or say in a sentence why not."""
+    """Run, or print in a sentence why not; return the exit status."""
     args = parse(argv)
 
     def checked() -> int:

@@ -186,7 +186,7 @@ def hub_data(name: str, args: argparse.Namespace) -> Data:
 
 
 def labelled(rows: Dataset, label: str) -> bool:
-    """Tell whether every row has its label, which the hub withholds of some test splits."""
+    """Whether every row has its label; the hub withholds those of some test splits."""
     try:
         return len(partition.labels_of(rows, label)) > 0
     except ValueError:
@@ -253,7 +253,7 @@ def open_model(args: argparse.Namespace, data: Data) -> PreTrainedModel:
 
 
 def open_optimizer(args: argparse.Namespace) -> Callable[[Iterable[Tensor]], torch.optim.Optimizer]:
-    """Name the optimizer of the local steps."""
+    """Return what makes the optimizer of the local steps."""
     if args.optimizer == "sgc":
         from sgc import SGC
 
@@ -305,7 +305,7 @@ def split(args: argparse.Namespace, rows: Dataset) -> list[np.ndarray]:
 
 
 def simulation(args: argparse.Namespace, data: Data, output_dir: Path | None) -> Simulation:
-    """Put everything together."""
+    """Make the simulation of a run."""
     parts = split(args, data.train)
     if args.participants is not None and args.participants > len(parts):
         raise ValueError(f"participants must be at most the {len(parts)} devices, got {args.participants}")
@@ -357,7 +357,7 @@ def plot_curve(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     os.replace(temporary, path)
 
 
-def line_of(row: dict[str, Any]) -> str:
+def curve_line(row: dict[str, Any]) -> str:
     """Write a row of the curve."""
     if row["skipped"]:
         return f"{row['round']:6d}  skipped: {row['skipped']}"
@@ -370,7 +370,7 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, with everything written to the output folder; give the exit status."""
+    """Train, with everything written to the output folder; return the exit status."""
     out = federated_runs.folder_of(args)
     data = open_data(args)
     sim = simulation(args, data, out)
@@ -382,7 +382,7 @@ def run(args: argparse.Namespace) -> int:
     tqdm.write(" round  accuracy     loss  devices  NMSE down    NMSE up  seconds")
     for row in federated_runs.rounds(sim, args.rounds):
         if "accuracy" in row or row["skipped"]:
-            tqdm.write(line_of({"accuracy": 0.0, "loss": 0.0} | row))
+            tqdm.write(curve_line({"accuracy": 0.0, "loss": 0.0} | row))
     rows = rows_of(out / "rows.jsonl", {"round": int}) if (out / "rows.jsonl").exists() else []
     down, up = link_names(args)
     plot_curve(out / "curve.png", rows, f"{args.scheme}: {down} down, {up} up, {args.split} split")
@@ -461,7 +461,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run, or say in a sentence why not."""
+    """Run, or print in a sentence why not; return the exit status."""
     args = parse(argv)
 
     def checked() -> int:

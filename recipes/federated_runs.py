@@ -49,7 +49,7 @@ def folder_of(args: argparse.Namespace) -> Path:
 
 
 def resume(sim: Simulation, args: argparse.Namespace) -> None:
-    """Go on from the last checkpoint where that was asked for."""
+    """Resume from the last checkpoint where that was asked for."""
     if args.resume:
         reached = sim.resume()
         tqdm.write(f"resumed after round {reached}" if reached else "no checkpoint yet: begun anew")
@@ -89,7 +89,7 @@ def _keep(sim: Simulation) -> str:
 
 @contextmanager
 def _noted() -> Iterator[list[int]]:
-    """Note the first signal to stop, instead of obeying it; a second one is obeyed."""
+    """Record the first signal to stop, instead of obeying it; a second one is obeyed."""
     received: list[int] = []
     held: dict[int, Any] = {}
 
@@ -120,7 +120,7 @@ def finish(sim: Simulation, out: Path, rounds: int, *written: str) -> int:
 
 
 def said(run: Callable[[], int]) -> int:
-    """Run a recipe, or say in a sentence why not; return the exit status."""
+    """Run a recipe, or print in a sentence why not; return the exit status."""
     try:
         return run()
     except (ValueError, TypeError, OSError, ImportError) as error:

@@ -98,7 +98,7 @@ SWEEPS = {"selection": selection_cells, "antennas": antenna_cells, "noisy": nois
 
 
 def key_of(cell: Cell) -> str:
-    """Name a cell."""
+    """Return a cell's key."""
     return json.dumps(cell, sort_keys=True)
 
 
@@ -189,7 +189,7 @@ def draw(name: str, rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def summary(rows: list[dict[str, Any]], x: str) -> dict[Any, tuple[float, float]]:
-    """Give mean and standard deviation of the accuracy over seeds for every value of x, None where a run has none."""
+    """Return mean and standard deviation of the accuracy over seeds, by the value of x; None where a run has none."""
     groups: dict[Any, list[float]] = {}
     for row in rows:
         groups.setdefault(row["cell"].get(x), []).append(row["accuracy"])

@@ -36,13 +36,13 @@ class Update:
         samples: B_m.
         loss: of its local training.
         encoded: what it sends; None: it says that it has nothing sound to send.
-        size: bytes that travelled.
+        bytes_up: that travelled.
     """
 
     samples: int
     loss: float
     encoded: Encoded | None
-    size: int
+    bytes_up: int
 
     @classmethod
     def read(cls, content: RecordDict, device: int) -> Update:
@@ -256,7 +256,7 @@ def _metrics(row: Row, failed: int, heard: list[Update]) -> dict[str, Any]:
     if heard:
         metrics |= {
             "train_loss": row.train_loss,
-            "bytes_up": sum(update.size for update in heard),
+            "bytes_up": sum(update.bytes_up for update in heard),
             "bits_up": -1 if row.bits_up is None else row.bits_up,
             "channel_uses_up": row.channel_uses_up,
             "power_up": row.power_up,

@@ -54,7 +54,7 @@ class _InversionRound(OverTheAirRound):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.heard = torch.zeros(self.symbols, self.channel.subchannels, dtype=torch.complex64)
+        self.signal = torch.zeros(self.symbols, self.channel.subchannels, dtype=torch.complex64)
         self.active = torch.zeros(self.symbols, self.channel.subchannels)
 
     def add(self, devices: Tensor, payload: Tensor, weight: Tensor) -> None:
@@ -62,14 +62,14 @@ class _InversionRound(OverTheAirRound):
         gains = self.channel.gains(devices.tolist(), self.symbols, self.draws)[:, 0]
         strong = (gains.abs() >= self.uplink.threshold) & (gains != 0)
         self.count_energy(torch.where(strong, x / gains, 0), strong.any(2).any(1))
-        self.heard += torch.where(strong, x, 0).sum(0)  # h·(x/h)
+        self.signal += torch.where(strong, x, 0).sum(0)  # h·(x/h)
         self.active += strong.sum(0)
 
     def estimate(self) -> Tensor | None:
         if not self.active_devices:
             return None
-        heard = self.heard + self.noise_over_alpha(self.heard.shape)
-        mean = torch.where(self.active > 0, heard / self.active.clamp_min(1), 0)
+        received = self.signal + self.noise_over_alpha(self.signal.shape)
+        mean = torch.where(self.active > 0, received / self.active.clamp_min(1), 0)
         return unpack(mean[None], self.size)[0] * (self.senders / self.weight)
 
 

@@ -18,7 +18,7 @@ class _BlindRound(OverTheAirRound):
         super().__post_init__()
         antennas, subchannels = self.channel.antennas, self.channel.subchannels
         fresh = self.symbols if self.channel.fading == "iid" else 1
-        self.heard = torch.zeros(antennas, self.symbols, subchannels, dtype=torch.complex64)
+        self.signal = torch.zeros(antennas, self.symbols, subchannels, dtype=torch.complex64)
         self.gains = torch.zeros(antennas, fresh, subchannels, dtype=torch.complex64)
 
     def add(self, devices: Tensor, payload: Tensor, weight: Tensor) -> None:
@@ -30,17 +30,17 @@ class _BlindRound(OverTheAirRound):
             gains = self.channel.gains(devices[part].tolist(), self.symbols, self.draws, self.channel.antennas)
             self.gains += gains.sum(0)
             if gains.shape[2] == 1:
-                self.heard += torch.einsum("baf,btf->atf", gains[:, :, 0], x[part])
+                self.signal += torch.einsum("baf,btf->atf", gains[:, :, 0], x[part])
             else:
-                self.heard += torch.einsum("batf,btf->atf", gains, x[part])
+                self.signal += torch.einsum("batf,btf->atf", gains, x[part])
 
     def estimate(self) -> Tensor | None:
         if not self.senders:
             return None
-        heard = self.heard + self.noise_over_alpha(self.heard.shape)
+        received = self.signal + self.noise_over_alpha(self.signal.shape)
         csi_error = torch.randn(self.gains.shape, generator=self.draws.generator("csi"), dtype=torch.complex64)
         known = self.gains + csi_error * math.sqrt(self.channel.csi_error_variance)
-        combined = (known.conj() * heard).mean(0)
+        combined = (known.conj() * received).mean(0)
         return unpack(combined[None], self.size)[0] / (self.weight * self.channel.gain_variance)
 
 

@@ -139,7 +139,7 @@ def test_the_devices_of_highest_rate_are_selected_and_the_others_keep_what_they_
     assert reception.traffic.bits <= float(capacity.sum()) / 2
 
 
-def test_only_candidates_are_selected():
+def test_only_devices_that_are_asked_are_selected():
     downlink = SelectionDownlink(Channel.from_snr(10.0, ofdm_symbols=2000), 3)
     reception = downlink.send(THETA, torch.tensor([1, 5]), M, memory_of(downlink), DRAWS)
     assert reception.devices.tolist() == [1, 5]

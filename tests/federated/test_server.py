@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from federated.draws import Draws
-from federated.server import Server, late, sample
+from federated.server import Server, draw_asked, draw_late
 
 DRAWS = Draws((0, "round"))
 ONES = torch.ones(3)
@@ -26,10 +26,10 @@ def test_momentum_is_a_geometric_sum_and_survives_its_state():
 
 
 def test_devices_are_asked_uniformly_and_by_the_round():
-    assert sample(5, None, DRAWS).tolist() == [0, 1, 2, 3, 4]
+    assert draw_asked(5, None, DRAWS).tolist() == [0, 1, 2, 3, 4]
     counts = torch.zeros(10)
     for t in range(2000):
-        asked = sample(10, 3, DRAWS.at(t))
+        asked = draw_asked(10, 3, DRAWS.at(t))
         assert len(asked.unique()) == 3
         counts[asked] += 1
     assert (counts - 600).abs().max() < 4.9 * (2000 * 0.3 * 0.7) ** 0.5
@@ -37,10 +37,10 @@ def test_devices_are_asked_uniformly_and_by_the_round():
 
 def test_devices_are_late_with_the_stated_probability_whoever_else_is_asked():
     devices = torch.arange(3000)
-    missed = late(devices, 0.25, DRAWS)
+    missed = draw_late(devices, 0.25, DRAWS)
     assert abs(float(missed.float().mean()) - 0.25) < 4.9 * (0.25 * 0.75 / 3000) ** 0.5
-    assert torch.equal(late(devices[7:9], 0.25, DRAWS), missed[7:9])
-    assert not late(devices, 0.0, DRAWS).any()
+    assert torch.equal(draw_late(devices[7:9], 0.25, DRAWS), missed[7:9])
+    assert not draw_late(devices, 0.0, DRAWS).any()
 
 
 @pytest.mark.parametrize(("arguments", "name"), [({"lr": 0.0}, "lr"), ({"momentum": 1.0}, "momentum")])
