@@ -16,12 +16,10 @@ from sgc.checks import flag, plain, rate, real, sequence, shown, whole, word
 from sgc.codec.layout import matrix_shape
 from sgc.codec.project import check_projection
 from sgc.codec.recover import METHODS
-from sgc.moments import FACTORED, RULES
-from sgc.state import STATE_DTYPES, check_state_dtype, has_basis, tensor_layout
+from sgc.moments import RULES
+from sgc.state import DTYPES, has_basis, tensor_layout
 
 SKETCH_PER_ENTRY = 8  # numbers of a sketch per entry encoded, where `sparsity` is not given
-
-
 OPTIONAL = ("chunk_size", "sparsity", "recovered", "rank", "scale")  # None is one of their values
 SIZES = {  # and the least value of those whose rule does not depend on others
     "chunk_size": None,
@@ -33,10 +31,13 @@ SIZES = {  # and the least value of those whose rule does not depend on others
     "min_size": 0,
     "seed": 0,
 }
+# What the state of a tensor was made by: a checkpoint of another configuration is refused.
+CONFIGURATION = ("chunk_size", "sketch_size", "sparsity", "moments", "rank", "min_size", "state_dtype", "seed")
+FACTOR = "gradient_factor"  # in every group: what clipping and unscaling made of the last compressed gradients
 RATES = ("lr", "eps", "weight_decay")
 TRAINED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # torch computes nothing in narrower ones
 FLAGS = ("stochastic_rounding", "maximize")
-CHOICES = {"moments": RULES, "recovery": METHODS, "state_dtype": STATE_DTYPES}
+CHOICES = {"moments": tuple(RULES), "recovery": METHODS, "state_dtype": tuple(DTYPES)}
 # AdamW's other switches. These choose an implementation: SGC takes either value, and does the same.
 IGNORED = ("foreach", "fused")
 # These would change what is computed, or promise what SGC does not do.
@@ -64,12 +65,7 @@ def check_group(group: dict[str, Any]) -> None:
         number = rate(name, group[name])
         group[name] = group[name] if name == "lr" and isinstance(group[name], Tensor) else number
     group["scale"] = real("scale", group["scale"], optional=True)
-    betas = sequence("betas", group["betas"], "two numbers in [0, 1)")
-    if any(isinstance(beta, bool) or not isinstance(plain(beta), Real) for beta in betas):
-        raise TypeError(f"betas must be two numbers in [0, 1), got {shown(group['betas'])}")
-    if len(betas) != 2 or not all(0 <= plain(beta) < 1 for beta in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {shown(group['betas'])}")
-    group["betas"] = tuple(float(plain(beta)) for beta in betas)
+    group["betas"] = _checked_betas(group["betas"])
     for name in FLAGS:
         group[name] = flag(name, group[name])
     for name in IGNORED:
@@ -82,7 +78,21 @@ def check_group(group: dict[str, Any]) -> None:
         group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
     for name, words in CHOICES.items():
         group[name] = word(name, group[name], words)
+    _check_sizes(group)
+    DTYPES[group["state_dtype"]].check()
 
+
+def _checked_betas(given: Any) -> tuple[float, ...]:
+    betas = sequence("betas", given, "two numbers in [0, 1)")
+    if any(isinstance(beta, bool) or not isinstance(plain(beta), Real) for beta in betas):
+        raise TypeError(f"betas must be two numbers in [0, 1), got {shown(given)}")
+    if len(betas) != 2 or not all(0 <= plain(beta) < 1 for beta in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {shown(given)}")
+    return tuple(float(plain(beta)) for beta in betas)
+
+
+def _check_sizes(group: dict[str, Any]) -> None:
+    """Complete the sizes of a group by what they default to, and check each against the others."""
     if group["sparsity"] is None and group["sketch_size"] > 0:
         group["sparsity"] = max(1, group["sketch_size"] // SKETCH_PER_ENTRY)
     group["recovered"] = group["sparsity"] if group["recovered"] is None else group["recovered"]
@@ -103,12 +113,17 @@ def check_group(group: dict[str, Any]) -> None:
     for holds, rule, name in rules:
         if not holds:
             raise ValueError(f"{rule}, got {shown(group[name])}")
-    if k == 0 and group["moments"] not in FACTORED:
+    if k == 0 and not RULES[group["moments"]].whitens:
+        whitening = " and ".join(repr(name) for name, rule in RULES.items() if rule.whitens)
         raise ValueError(
-            f"sketch_size=0 keeps only the row and column means of {' and '.join(map(repr, FACTORED))}; "
-            f"moments={group['moments']!r} has none"
+            f"sketch_size=0 keeps only the row and column means of {whitening}; moments={group['moments']!r} has none"
         )
-    check_state_dtype(group["state_dtype"])
+
+
+def rates_of(group: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the learning rate of a group, negative where it ascends, and what a step takes off its weights."""
+    lr = float(group["lr"])
+    return -lr if group["maximize"] else lr, lr * group["weight_decay"]
 
 
 def warn_small_sketch(group: Mapping[str, Any]) -> None:

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from sgc.backward.compressed import CompressedGradient
 from sgc.checks import flag, shown, whole, word
 from sgc.codec.project import Projection
-from sgc.codec.recover import recover
-from sgc.optimizer import PROBE_EVERY, SGC
+from sgc.codec.recover import pursue
+from sgc.optimizer import SGC
+from sgc.probes import PROBE_EVERY
 from sgc.state import tensor_layout
 
 try:
@@ -737,7 +738,7 @@ def _noise_error(group: Mapping[str, Any]) -> float:
     n = max(set(chunks), key=chunks.count)
     projection = Projection(k, group["seed"])
     y = torch.randn(max(4, min(256, (1 << 22) // n)), k, generator=torch.Generator().manual_seed(0))
-    index, value = recover(y, n, projection, recovered, group["recovery"])
+    index, value = pursue(y, n, projection, recovered, group["recovery"])
     left = y - projection.project(index, value, n)
     return math.sqrt(left.square().sum().item() / y.square().sum().item())
 

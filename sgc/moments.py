@@ -1,27 +1,66 @@
-"""The moment rules: pure functions on sketches, and the factored second moment. t counts the updates made, this one in.
+"""The moment rules: what each holds of a tensor's sketches, how it moves, and what is to be recovered from it.
 
 | rule | state | what is recovered | whose |
 |---|---|---|---|
-| subspace | M, V (c, k) | M̂ / (√V̂ + ε) | a reading of arXiv 2502.00311 |
-| sketched | M, V (c, k) | M̂; V̂ on its support | the other reading |
-| whitened | M (c, k); R, C | M̂, of the whitened gradient | ours |
 | residual | E (c, k); R, C | E, which then gives up what was recovered | ours |
+| whitened | M (c, k); R, C | M̂, of the whitened gradient | ours |
+| sketched | M, V (c, k) | M̂; V̂ on its support | a reading of arXiv 2502.00311 |
+| subspace | M, V (c, k) | M̂ / (√V̂ + ε) | the other reading |
+
+A rule is one entry of `RULES`: nothing else in the project knows a rule by its name.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-RULES = ("residual", "whitened", "sketched", "subspace")
-FACTORED = ("residual", "whitened")  # rules that whiten the gradient before it is sketched
-FLOOR = 1e-4  # R and C count for at least this share of their mean
-CLIP = 3.0  # |w| of a whitened entry is at most this; Adam's own ratio rarely exceeds it
 UNAVERAGED = 0.75  # `scale` where every entry moves without momentum: Adam's average over steps takes off some noise
+FIRST = "sketch"  # every rule's first moment, in the state; what is recovered is recovered from this
+SQUARE_OF_SKETCH = "sketch_sq"  # V of "subspace", the EMA of p²
+SKETCH_OF_SQUARE = "square_sketch"  # V of "sketched", the EMA of A·(top_s)²
+
+
+class Rates(NamedTuple):
+    """What a step multiplies by, worked out once for a tensor."""
+
+    lr: float  # times `scale`, negative to maximize
+    decay: float  # learning rate times weight decay
+    eps: float
+    betas: tuple[float, float]
+    t: int  # updates made, from 1, this one in
+
+
+Held = Mapping[str, Tensor]  # the moments of a tensor in fp32, (c, k) each, by their names in the state
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one moment rule holds, how it moves it, and what it makes of what is recovered.
+
+    Attributes:
+        held: names of its moments in the state.
+        move: (held, p, q, rates) → None: move the moments in place by the sketch p of a gradient, and q of its square.
+        target: (held, rates) → y (c, k): what is to be recovered.
+        whitens: whether the gradient is whitened by R and C before it is sketched.
+        averages: whether what is recovered is an average over steps, as AdamW's update is.
+        gives_up: whether what is recovered leaves the first moment, which is the target itself then.
+        square: (held, rates) → V̂ (c, k), a sketch of squares: what is recovered is divided by the root of the values
+            that it has on the recovered support (`sketched_ratio`); None: it is not.
+    """
+
+    held: tuple[str, ...]
+    move: Callable[[Held, Tensor, Tensor | None, Rates], None]
+    target: Callable[[Held, Rates], Tensor]
+    whitens: bool = False
+    averages: bool = True
+    gives_up: bool = False
+    square: Callable[[Held, Rates], Tensor] | None = None
 
 
 def ema(moment: Tensor, new: Tensor, beta: float) -> Tensor:
@@ -29,114 +68,83 @@ def ema(moment: Tensor, new: Tensor, beta: float) -> Tensor:
     return moment.lerp_(new, 1 - beta)
 
 
-def subspace(m: Tensor, v: Tensor, p: Tensor, betas: tuple[float, float], eps: float, t: int) -> Tensor:
-    """Adam on the sketch: M ← EMA(p), V ← EMA(p²), y = M̂ / (√V̂ + ε).
-
-    Args:
-        m: M (c, k), changed in place.
-        v: V (c, k), changed in place.
-        p: A·top_s(g), (c, k).
-        betas: β1, β2.
-        eps: ε.
-        t: updates made, from 1.
-
-    Returns:
-        y (c, k), to be recovered.
-    """
-    ema(m, p, betas[0])
-    v.mul_(betas[1]).addcmul_(p, p, value=1 - betas[1])
-    root = (v.sqrt() / (1 - betas[1] ** t) ** 0.5).add_(eps)
-    return m / (1 - betas[0] ** t) / root
+def _add(held: Held, p: Tensor, q: Tensor | None, rates: Rates) -> None:
+    """E ← ρE + p: what is still to be applied."""
+    held[FIRST].mul_(rates.betas[0]).add_(p)
 
 
-def sketched(m: Tensor, v: Tensor, p: Tensor, q: Tensor, betas: tuple[float, float], t: int) -> tuple[Tensor, Tensor]:
-    """Sketches of both moments: M ← EMA(p), V ← EMA(q).
-
-    Args:
-        m: M (c, k), changed in place.
-        v: V (c, k), changed in place.
-        p: A·top_s(g), (c, k).
-        q: A·(top_s(g))², (c, k).
-        betas: β1, β2.
-        t: updates made, from 1.
-
-    Returns:
-        M̂ and V̂ (c, k), the first to be recovered, the second to be solved for on its support.
-    """
-    return ema(m, p, betas[0]) / (1 - betas[0] ** t), ema(v, q, betas[1]) / (1 - betas[1] ** t)
+def _average(held: Held, p: Tensor, q: Tensor | None, rates: Rates) -> None:
+    """M ← EMA(p)."""
+    ema(held[FIRST], p, rates.betas[0])
 
 
-def sketched_ratio(
-    m: Tensor, v: Tensor, real: Tensor | None, eps: float, total: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
+def _average_with_square(held: Held, p: Tensor, q: Tensor | None, rates: Rates) -> None:
+    """M ← EMA(p), V ← EMA(p²)."""
+    ema(held[FIRST], p, rates.betas[0])
+    held[SQUARE_OF_SKETCH].mul_(rates.betas[1]).addcmul_(p, p, value=1 - rates.betas[1])
+
+
+def _average_both(held: Held, p: Tensor, q: Tensor | None, rates: Rates) -> None:
+    """M ← EMA(p), V ← EMA(q)."""
+    assert q is not None  # sketched for rules with a `square`
+    ema(held[FIRST], p, rates.betas[0])
+    ema(held[SKETCH_OF_SQUARE], q, rates.betas[1])
+
+
+def _itself(held: Held, rates: Rates) -> Tensor:
+    return held[FIRST]
+
+
+def _mean(held: Held, rates: Rates) -> Tensor:
+    """M̂ = M / (1 − β1ᵗ)."""
+    return held[FIRST] / (1 - rates.betas[0] ** rates.t)
+
+
+def _mean_square(held: Held, rates: Rates) -> Tensor:
+    """V̂ = V / (1 − β2ᵗ)."""
+    return held[SKETCH_OF_SQUARE] / (1 - rates.betas[1] ** rates.t)
+
+
+def _adam(held: Held, rates: Rates) -> Tensor:
+    """M̂ / (√V̂ + ε), Adam on the sketch."""
+    root = (held[SQUARE_OF_SKETCH].sqrt() / (1 - rates.betas[1] ** rates.t) ** 0.5).add_(rates.eps)
+    return _mean(held, rates) / root
+
+
+RULES = {
+    "residual": Rule((FIRST,), _add, _itself, whitens=True, averages=False, gives_up=True),
+    "whitened": Rule((FIRST,), _average, _mean, whitens=True),
+    "sketched": Rule((FIRST, SKETCH_OF_SQUARE), _average_both, _mean, square=_mean_square),
+    "subspace": Rule((FIRST, SQUARE_OF_SKETCH), _average_with_square, _adam),
+}
+
+
+def sketched_ratio(m: Tensor, v: Tensor, mean: Tensor, eps: float) -> Tensor:
     """u = m̂ / (√v̂ + ε), with v̂ floored at max(m̂², mean of v̂ over the recovered entries of the tensor).
 
     Args:
         m: m̂ recovered, (c, s').
-        v: v̂ solved for on the same support, (c, s'), 0 on padding.
-        real: which of them are no padding, (c, s'); None: all.
+        v: v̂ solved for on the same support, (c, s').
+        mean: of the positive part of v̂ over the tensor, () shaped.
         eps: ε.
-        total: where these are a shard's entries, sums the tensor's sum and count over the shards.
     """
-    count = torch.tensor(v.numel(), device=v.device) if real is None else real.sum()
-    sums = torch.stack([v.clamp(min=0).sum(), count])
-    mean, count = sums if total is None else total(sums)
-    mean = mean / count
     floor = torch.maximum(m.square(), mean)
     return m / (torch.maximum(v, floor).sqrt() + eps)
 
 
-def whitened(m: Tensor, p: Tensor, beta1: float, t: int) -> Tensor:
-    """Momentum of the whitened gradient: M ← EMA(p), y = M̂, all (c, k), M in place."""
-    return ema(m, p, beta1) / (1 - beta1**t)
-
-
-def residual(e: Tensor, p: Tensor, decay: float) -> Tensor:
-    """What is still to be applied: E ← ρE + p, all (c, k), E in place. The caller takes out what it recovers."""
-    return e.mul_(decay).add_(p)
-
-
-def factor(
-    row: Tensor,
-    col: Tensor,
-    row_mean: Tensor,
-    col_mean: Tensor,
-    beta2: float,
-    t: int,
-    mean: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Update the factored second moment and give its root: √v̂ᵢⱼ = aᵢ·bⱼ. (after Adafactor, arXiv 1804.04235)
-
-    R and C are bias-corrected EMAs of the row and column means of g², this gradient in, and are floored at 1e-4 of
-    their mean: v̂ᵢⱼ = R̂ᵢ·Ĉⱼ / mean(R̂).
-
-    Args:
-        row: R, of rows entries in any shape, changed in place.
-        col: C (cols,), changed in place.
-        row_mean: means of g² along the rows, (rows,).
-        col_mean: means of g² along the columns, (cols,).
-        beta2: β2.
-        t: updates made, from 1.
-        mean: of all of R after this update, where `row` is a shard of it; None: that of `row`.
-
-    Returns:
-        a (rows,) and b (cols,).
-    """
-    correction = 1 - beta2**t
-    row_hat = ema(row.view(-1), row_mean, beta2) / correction
-    col_hat = ema(col, col_mean, beta2) / correction
-    mean = row_hat.mean() if mean is None else mean / correction
-    mean = mean.clamp(min=torch.finfo(torch.float32).tiny)  # squares of 1e-22 vanish
-    row_hat = torch.maximum(row_hat, FLOOR * mean)
-    col_hat = torch.maximum(col_hat, FLOOR * col_hat.mean())
-    return (row_hat / mean).sqrt(), col_hat.sqrt()
+def adamw(state: Mapping[str, Tensor], gradient: Tensor, rates: Rates) -> Tensor:
+    """Return AdamW's update of a tensor that is not compressed, in fp32: m̂ / (√v̂ + ε), its moments moved in place."""
+    (beta1, beta2), t, gradient = rates.betas, rates.t, gradient.float()
+    m = ema(state["exp_avg"], gradient, beta1)
+    v = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    return (m / (1 - beta1**t)).div_((v.sqrt() / (1 - beta2**t) ** 0.5).add_(rates.eps))
 
 
 def update_scale(entries: int, chunks: int, chunk: int, group: Mapping[str, Any]) -> float:
-    """Give `scale`, or where it is None what makes AdamW's learning rate carry over. (ours)
+    """Return `scale`, or where it is None what makes AdamW's learning rate carry over. (ours)
 
     AdamW moves every entry by about lr; here s' of each chunk move, and √(entries / moved) gives the update the same
-    norm. Where every entry moves by a rule that does not average over steps ("residual", or no sketch), ¾ of that.
+    norm. Where every entry moves by a rule that does not average over steps (or without a sketch), ¾ of that.
 
     Args:
         entries: of the tensor.
@@ -147,5 +155,5 @@ def update_scale(entries: int, chunks: int, chunk: int, group: Mapping[str, Any]
     if group["scale"] is not None:
         return float(group["scale"])
     moved = min(entries, chunks * min(group["recovered"] or chunk, chunk))  # chunks may be padded
-    averages = group["moments"] != "residual" and group["sketch_size"] > 0
+    averages = group["sketch_size"] > 0 and RULES[group["moments"]].averages
     return UNAVERAGED if moved == entries and not averages else math.sqrt(entries / moved)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sgc import SGC
-from sgc.backward.compressed import FACTOR
+from sgc.arguments import FACTOR
 from tests.test_arguments import NONSENSE, is_plain
 from tests.test_optimizer import make_params, run, same, snapshot, through_a_file
 

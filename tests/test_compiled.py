@@ -1,6 +1,7 @@
 """The loops that numba compiles give what plain torch gives: the same indices, values within the tolerances."""
 
 import errno
+import functools
 import importlib.util
 import os
 import shutil
@@ -15,11 +16,14 @@ from hypothesis import strategies as st
 
 from benchmarks.harness import temporaries
 from sgc import SGC, backends
+from sgc.apply import apply_whitened
 from sgc.backends import numba as compiled
+from sgc.codec.encode import Whitening, encode, select
 from sgc.codec.layout import make_layout
 from sgc.codec.project import Projection
-from sgc.codec.recover import recover
-from sgc.step import Whitening, apply_whitened, encode, mean_squares, select, square_sums
+from sgc.codec.recover import pursue
+from sgc.constants import CLIP
+from sgc.whiten import mean_squares, square_sums
 from tests.tolerances import RIDGE_VALUE, SUM
 
 needs_numba = pytest.mark.skipif(not compiled._installed(), reason="numba is not installed")
@@ -51,7 +55,7 @@ def problem(shape, chunk_size, seed, *, idle=True, levels=None):
     row, col = on("torch", mean_squares, grid, layout)
     a, b = (row + 1e-12).sqrt(), (col / col.mean() + 1e-6).sqrt()
     busy = row > 0
-    return grid, layout, Whitening(a, b, None if busy.all() else busy)
+    return grid, layout, Whitening(a, b, None if busy.all() else busy, 1e-8, CLIP)
 
 
 @needs_numba
@@ -76,16 +80,16 @@ def test_sums_of_squares_pass_on_what_is_not_finite(value):
 
 
 @needs_numba
-@pytest.mark.parametrize("whiten", [True, False], ids=["whitened", "as it is"])
+@pytest.mark.parametrize("whitens", [True, False], ids=["whitened", "as it is"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("chunk_size", "sparsity"), [(256, 4), (256, 1), (64, 60), (1024, 16), (None, 8), (100, 99)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_selects_the_same_entries(shape, chunk_size, sparsity, dtype, whiten):
+def test_selects_the_same_entries(shape, chunk_size, sparsity, dtype, whitens):
     for levels in (None, 3):
         grid, layout, whitening = problem(shape, chunk_size, 1, levels=levels)
         if sparsity > layout.chunk:
             continue
-        arguments = (grid.to(dtype), layout, whitening if whiten else None, sparsity, 1e-8)
+        arguments = (grid.to(dtype), layout, whitening if whitens else None, sparsity)
         (index, value), (expected, amount) = on("numba", select, *arguments), on("torch", select, *arguments)
         assert torch.equal(index, expected)
         assert torch.equal(value, amount)
@@ -103,8 +107,8 @@ def test_of_equal_entries_the_first_are_selected(n, chunks, sparsity, levels, se
     generator = torch.Generator().manual_seed(seed)
     grid = torch.randint(-levels, levels + 1, (chunks, n), generator=generator).float()
     layout = make_layout(grid.shape, n, within_rows=True)
-    found = on("numba", select, grid, layout, None, min(sparsity, n), 1e-8)
-    for one, other in zip(found, on("torch", select, grid, layout, None, min(sparsity, n), 1e-8), strict=True):
+    found = on("numba", select, grid, layout, None, min(sparsity, n))
+    for one, other in zip(found, on("torch", select, grid, layout, None, min(sparsity, n)), strict=True):
         assert torch.equal(one, other)
 
 
@@ -112,9 +116,9 @@ def test_of_equal_entries_the_first_are_selected(n, chunks, sparsity, levels, se
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_encodes_to_the_same_sketch(shape):
     grid, layout, whitening = problem(shape, 256, 2)
-    group = {"sparsity": min(4, layout.chunk), "eps": 1e-8, "moments": "sketched"}
-    arguments = (grid, layout, whitening, Projection(16, 3), group)
-    for found, expected in zip(on("numba", encode, *arguments), on("torch", encode, *arguments), strict=True):
+    encoded = functools.partial(encode, squares=True)
+    arguments = (grid, layout, Projection(16, 3), min(4, layout.chunk), whitening)
+    for found, expected in zip(on("numba", encoded, *arguments), on("torch", encoded, *arguments), strict=True):
         assert (found - expected).abs().max() <= SUM * expected.abs().max()
 
 
@@ -127,7 +131,7 @@ def test_recovers_the_same_entries(n, k, s, padded):
     y = torch.randn(50, k, generator=generator)
     lengths = torch.randint(1, n + 1, (50,), generator=generator) if padded else None
     arguments = (y, n, projection, s, "threshold", lengths)
-    (index, value), (expected, amount) = on("numba", recover, *arguments), on("torch", recover, *arguments)
+    (index, value), (expected, amount) = on("numba", pursue, *arguments), on("torch", pursue, *arguments)
     assert torch.equal(index, expected)
     if s * s * 4 < k:  # else columns may be nearly dependent, and the values, not what they explain, differ
         assert (value - amount).norm() <= RIDGE_VALUE * amount.norm()
@@ -146,7 +150,7 @@ def test_applies_the_same_update(shape, decay):
     results = []
     for path in ("numba", "torch"):
         results.append(weight.clone())
-        on(path, apply_whitened, results[-1], grid, layout, whitening, 1e-8, 0.1, decay, None)
+        on(path, apply_whitened, results[-1], grid, layout, whitening, 0.1, decay, None)
     assert not torch.equal(results[0], weight)
     assert (results[0] - results[1]).abs().max() <= SUM * weight.abs().max()
 

@@ -5,7 +5,7 @@ import torch
 from sgc import SGC
 from sgc.codec import project
 from sgc.codec.layout import Layout
-from sgc.moments import CLIP
+from sgc.constants import CLIP
 from tests.tolerances import MARGIN, TWIN
 from tests.twin import Twin, matrix_sides
 

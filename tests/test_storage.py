@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from sgc.state import QUANTIZED_BLOCK, read_held, stochastic_round, write_held
+from sgc.apply import stochastic_round
+from sgc.state import DTYPES, read_held, write_held
 from tests.tolerances import EPS_BF16, SIGMAS
+
+QUANTIZED_BLOCK = DTYPES["int8"].block
 
 
 def generator(seed=0):

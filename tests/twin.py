@@ -7,8 +7,8 @@ import math
 
 import numpy as np
 
-from sgc.codec.recover import GOMP_PASSES, RIDGE
-from sgc.moments import CLIP, FLOOR
+from sgc.codec.recover import GOMP_PASSES
+from sgc.constants import CLIP, FLOOR, RIDGE
 
 WORD = 2**32
 

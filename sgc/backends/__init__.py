@@ -1,9 +1,11 @@
-"""Which path a stage of the optimizer takes: its Triton kernel, or plain torch.
+"""Which backend does a stage: Triton's kernels, loops compiled by numba, or the stage's twin in plain torch.
 
-Every stage with a kernel has a twin in plain torch with the same results. A CPU takes torch, or
-numba where it is installed (`sgc.backends.numba`), an NVIDIA GPU the kernels.
-`SGC_KERNELS` in the environment decides otherwise: "torch" nowhere a kernel, "triton" everywhere (on a CPU inside
-Triton's interpreter, which `TRITON_INTERPRET=1` must have switched on before triton was imported), "auto" as said.
+Every stage is written once in plain torch, and `stage` makes it reach the backends of the table at the end of this
+file: a new backend is one line there, and a module with functions of the stages' names. A GPU takes Triton's kernels, a
+CPU takes numba where it is installed, and whatever no backend takes is done by torch, with the same results.
+`SGC_KERNELS` in the environment decides otherwise: "torch" takes no backend anywhere, "triton" takes kernels everywhere
+(on a CPU in Triton's interpreter, which `TRITON_INTERPRET=1` must have switched on before triton was imported),
+"numba" insists on numba on a CPU, "auto" is as said.
 """
 
 from __future__ import annotations
@@ -11,11 +13,17 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import sys
 import warnings
+from collections.abc import Callable
 from importlib import metadata
-from typing import Literal, NamedTuple
+from types import ModuleType
+from typing import Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 VARIABLE = "SGC_KERNELS"
 CAPABILITY = (8, 0)  # the oldest NVIDIA architecture that has bf16, and that the kernels are compiled for
@@ -34,10 +42,10 @@ class Choice(NamedTuple):
 
 
 def choose(stage: str, device: torch.device, obstacle: str | None = None) -> Choice:
-    """Say which path a stage takes on a device, and why.
+    """Return whether a stage takes its Triton kernel on a device, and why.
 
     Args:
-        stage: its name in a warning, as "statistics", "apply", "encode" or "decode".
+        stage: its name in a warning: "statistics", "apply", "encode" or "recover".
         device: of the tensors.
         obstacle: why the stage's kernel can't do what is asked, as "its dtype is torch.float64"; None: it can.
 
@@ -66,7 +74,7 @@ def choose(stage: str, device: torch.device, obstacle: str | None = None) -> Cho
 
 
 def requested() -> str:
-    """Give what `SGC_KERNELS` asks for, "auto" where it is not set; "numba" is about a CPU only (`sgc.backends.numba`).
+    """Return what `SGC_KERNELS` asks for, "auto" where it is not set; "numba" concerns a CPU only.
 
     Raises:
         ValueError: it is something else than "auto", "torch", "triton" or "numba".
@@ -83,7 +91,7 @@ def interpreted() -> bool:
 
 
 def _missing(kind: str, index: int) -> str | None:
-    """Say what keeps every kernel from running on a device, or None."""
+    """Return what keeps every kernel from running on a device, or None."""
     if not _has_triton():
         return 'Triton is not installed: pip install "sgc[triton]"'
     if interpreted():
@@ -135,3 +143,61 @@ def _capability(index: int) -> tuple[int, int]:
 @functools.cache
 def _device_name(index: int) -> str:
     return torch.cuda.get_device_name(index)
+
+
+# ------------------------------------------------------------------------------------------------ the one dispatch
+
+
+class Backend(NamedTuple):
+    """One way to do stages: a module whose functions have the names and arguments of the stages that it does."""
+
+    name: str  # what `SGC_KERNELS` calls it
+    module: str  # imported when it is first asked; a function returns NotImplemented for what it can't do
+    serves: Callable[[str, torch.device], bool]  # whether it is to be asked for a stage on a device
+
+
+def stage(noun: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Make a stage of its twin in plain torch: the first backend that does not refuse does it, else the twin.
+
+    Args:
+        noun: the stage in a warning: "statistics", "apply", "encode" or "recover".
+
+    Returns:
+        A decorator for the twin, whose first argument is a tensor on the device that decides. The twin itself stays
+        within reach as `plain`.
+    """
+
+    def made(plain: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(plain)
+        def run(*args: P.args, **kwargs: P.kwargs) -> T:
+            device = args[0].device  # type: ignore[attr-defined]  # a tensor
+            for backend in BACKENDS:
+                if backend.serves(noun, device):
+                    function = getattr(_loaded(backend.module), plain.__name__, None)
+                    done = NotImplemented if function is None else function(*args, **kwargs)
+                    if done is not NotImplemented:
+                        return done
+            return plain(*args, **kwargs)
+
+        run.plain = plain  # type: ignore[attr-defined]  # for tests, where it is the oracle
+        return run
+
+    return made
+
+
+def _loaded(module: str) -> ModuleType:
+    return sys.modules.get(module) or importlib.import_module(module)
+
+
+def _serves_triton(noun: str, device: torch.device) -> bool:
+    return choose(noun, device).fused
+
+
+def _serves_numba(noun: str, device: torch.device) -> bool:
+    return device.type == "cpu" and _loaded("sgc.backends.numba").choose().path == "numba"
+
+
+BACKENDS = (
+    Backend("triton", "sgc.backends.triton.stages", _serves_triton),
+    Backend("numba", "sgc.backends.numba", _serves_numba),
+)

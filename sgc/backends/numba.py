@@ -16,15 +16,21 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sgc import backends
+from sgc.constants import RIDGE
+
+if TYPE_CHECKING:
+    from sgc.codec.encode import Whitening
+    from sgc.codec.layout import Layout
+    from sgc.codec.project import Projection
 
 PART_ENTRIES = 1 << 18  # rows or chunks of so many entries are one task, whatever the number of threads
-BLOCK_ENTRIES = 1 << 20  # entries of a 16-bit gradient that are turned to fp32 at a time
+BLOCK_ENTRIES = 1 << 20  # correlations that are held at a time
 MOST_INSERTED = 128  # beyond so many entries of a chunk, insertion takes longer than torch's partition
 _CPU = torch.device("cpu")
 _FP32 = torch.float32  # whatever torch's default dtype
@@ -34,7 +40,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def choose() -> backends.Choice:
-    """Say whether a CPU takes numba or torch, and why.
+    """Return whether a CPU takes numba or torch, and why.
 
     Raises:
         RuntimeError: `SGC_KERNELS` is "numba", and numba is not installed.
@@ -67,13 +73,13 @@ def usable(*tensors: Tensor) -> bool:
     return plain and choose().path == "numba"
 
 
-def selects(sparsity: int) -> bool:
-    """Whether numba would select so many entries of a chunk."""
-    return sparsity <= MOST_INSERTED and choose().path == "numba"
+# ---- the stages, by the names and arguments of their twins in torch
 
 
-def square_sums(grid: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the sums of g² over the rows and the columns of a grid: (rows,) and (cols,)."""
+def square_sums(grid: Tensor, layout: Layout) -> Any:
+    """Do `sgc.whiten.square_sums`."""
+    if not usable(grid):
+        return NotImplemented
     rows, cols = grid.shape
     step = max(1, 4 * PART_ENTRIES // max(1, cols))  # as many sums over columns are held
     parts = math.ceil(rows / step)
@@ -90,95 +96,82 @@ def square_sums(grid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def apply_whitened(
-    weight: Tensor, grid: Tensor, a: Tensor, b: Tensor, eps: float, clip: float, lr: float, decay: float
-) -> None:
-    """W ← (1 − decay)·W − lr·clip(g / (aᵢ·bⱼ + ε)) for a weight and a gradient seen as the same grid (rows, cols)."""
-    arrays = (*map(_array, (weight.view_as(grid), grid, a, b)), *_floats(eps, clip, lr, 1 - decay))
-    _share_rows(_loops().apply_whitened, grid.shape, arrays)
-
-
-def select(
+    weight: Tensor,
     grid: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    shape: tuple[int, int, int],
-    sparsity: int,
-    eps: float,
-    clip: float,
-) -> tuple[Tensor, Tensor]:
-    """Take the top entries of every chunk of some rows of a grid, whitened and clipped where a and b are given.
+    layout: Layout,
+    whitening: Whitening,
+    lr: float,
+    decay: float,
+    generator: torch.Generator | None,
+    offset: int = 0,
+) -> Any:
+    """Do `sgc.apply.apply_whitened` for weights that are as many as the entries of the grid."""
+    if offset or weight.numel() != grid.numel() or not usable(weight, grid):
+        return NotImplemented
+    scalars = _floats(whitening.eps, whitening.clip, lr, 1 - decay)
+    arrays = (*map(_array, (weight.view_as(grid), grid, whitening.a, whitening.b)), *scalars)
+    _share_rows(_loops().apply_whitened, grid.shape, arrays)
+    return None
 
-    Args:
-        grid: a multiple of `rows_per_chunk` rows, or the last ones, (rows, cols).
-        a: (rows,) or None.
-        b: (cols,) or None.
-        shape: n, the chunks of a row, and the rows of a chunk, one of both 1.
-        sparsity: s, below n and at most MOST_INSERTED.
-        eps: ε.
-        clip: the largest |w|.
 
-    Returns:
-        index (c, s) int64, ascending in each chunk, and value (c, s).
-    """
-    chunk, pieces, rows_per_chunk = shape
-    chunks = math.ceil(grid.shape[0] / rows_per_chunk) * pieces
+def top(block: Tensor, layout: Layout, whitening: Whitening | None, sparsity: int) -> Any:
+    """Do `sgc.codec.encode.top` for few entries of each chunk."""
+    if not (sparsity < layout.chunk and sparsity <= MOST_INSERTED and usable(block)):
+        return NotImplemented
+    shape = layout.chunk, layout.pieces, layout.rows_per_chunk
+    chunks = math.ceil(block.shape[0] / layout.rows_per_chunk) * layout.pieces
     index = torch.empty(chunks, sparsity, dtype=torch.int64, device=_CPU)
     value = torch.empty(chunks, sparsity, dtype=_FP32, device=_CPU)
-    whitening = [torch.empty(0, dtype=_FP32, device=_CPU)] * 2 if a is None or b is None else [a, b]
-    scalars = _floats(eps, math.inf if a is None else clip)
+    none = torch.empty(0, dtype=_FP32, device=_CPU)
+    a, b, eps, clip = (none, none, 0.0, math.inf) if whitening is None else (*whitening[:2], *whitening[3:])
     arrays = (
-        *map(_array, (grid, *whitening)),
-        *scalars,
+        *map(_array, (block, a, b)),
+        *_floats(eps, clip),
         *shape,
-        groups_of(chunk, sparsity),
+        groups_of(layout.chunk, sparsity),
         *map(_array, (index, value)),
     )
-    _share_rows(_loops().select, (chunks, chunk), arrays)
+    _share_rows(_loops().select, (chunks, layout.chunk), arrays)
     return index, value
 
 
-def project(index: Tensor, value: Tensor, columns: Tensor, out: Tensor, sign: float = 1.0) -> Tensor:
-    """Add ±A·x of sparse chunks, index and value (c, s), to out (c, k), which is given back; columns is Aᵀ (n, k)."""
-    arrays = (*map(_array, (index, value, columns, out)), *_floats(sign))
+def project(value: Tensor, index: Tensor, columns: Tensor) -> Any:
+    """Do `sgc.codec.project.project`."""
+    if not usable(value):
+        return NotImplemented
+    out = value.new_zeros(index.shape[0], columns.shape[1])
+    arrays = (*map(_array, (index, value, columns, out)), *_floats(1.0))
     _share_rows(_loops().project, (index.shape[0], index.shape[1] * columns.shape[1]), arrays)
     return out
 
 
-def recover(
-    correlation: Tensor,
-    words: Tensor,
-    sketch_size: int,
-    ridge: float,
-    lengths: Tensor | None,
-    index: Tensor,
-    value: Tensor,
-) -> None:
-    """Put the s' largest |Aᵀy| of every chunk, and their least-squares values, into index and value (c, s').
-
-    Args:
-        correlation: Aᵀy, (c, n).
-        words: the signs of A as bits, (⌈k/32⌉, n) int32.
-        sketch_size: k.
-        ridge: added to the diagonal of the Gram matrices.
-        lengths: (c,) real entries of each chunk, or None.
-        index: int64, s' at most MOST_INSERTED; ascending in each chunk.
-        value: fp32; 0 on padding.
-    """
-    real = torch.empty(0, dtype=torch.int64, device=_CPU) if lengths is None else lengths
-    arrays = (
-        *map(_array, (correlation, words)),
-        sketch_size,
-        *_floats(ridge),
-        _array(real),
-        groups_of(correlation.shape[1], index.shape[1]),
-        _array(index),
-        _array(value),
-    )
-    _share_rows(_loops().recover, correlation.shape, arrays)
+def threshold(sketch: Tensor, n: int, projection: Projection, sparsity: int, lengths: Tensor | None) -> Any:
+    """Do `sgc.codec.recover.threshold` for an A that is held and few entries of each chunk."""
+    if not (projection.holds(n) and sparsity <= MOST_INSERTED and usable(sketch)):
+        return NotImplemented
+    columns, words = projection.columns(n, sketch.device), projection.sign_bits(n)
+    index = torch.empty(sketch.shape[0], sparsity, dtype=torch.int64, device=_CPU)
+    value = sketch.new_empty(sketch.shape[0], sparsity)
+    step = max(1, BLOCK_ENTRIES // n)
+    correlation = sketch.new_empty(min(step, sketch.shape[0]), n)
+    none = torch.empty(0, dtype=torch.int64, device=_CPU)
+    for start in range(0, sketch.shape[0], step):
+        part = slice(start, start + step)
+        here = torch.mm(sketch[part], columns.T, out=correlation[: sketch.shape[0] - start])
+        arrays = (
+            *map(_array, (here, words)),
+            projection.sketch_size,
+            *_floats(RIDGE),
+            _array(none if lengths is None else lengths[part]),
+            groups_of(n, sparsity),
+            *map(_array, (index[part], value[part])),
+        )
+        _share_rows(_loops().recover, here.shape, arrays)
+    return index, value
 
 
 def groups_of(n: int, sparsity: int) -> int:
-    """Give the number of groups that n entries are dealt into to find the s largest: about √(n·s), at least s."""
+    """Return the number of groups that n entries are dealt into to find the s largest: about √(n·s), at least s."""
     width = 1 << (math.isqrt(max(1, n // sparsity)).bit_length() - 1)
     return max(sparsity, math.ceil(n / width))
 

@@ -27,21 +27,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from sgc import moments
-from sgc.arguments import check_group
+from sgc.arguments import FACTOR, check_group
 from sgc.checks import whole
+from sgc.codec.encode import encode
 from sgc.codec.layout import Layout
 from sgc.codec.project import mix
+from sgc.moments import RULES
 from sgc.parallel import ranks
 from sgc.state import has_basis, tensor_layout
-from sgc.step import Whitening, encode, gradient_norm, mean_squares, whiten_by
 from sgc.surroundings import shielded
+from sgc.whiten import gradient_norm, mean_squares, whiten
 
 if TYPE_CHECKING:
     from sgc.optimizer import SGC
 
 BUCKET_ENTRIES = 1 << 22  # fp32 numbers that ranks sum in one message (16 MiB)
-FACTOR = "gradient_factor"  # in every group: what clipping and unscaling made of the last compressed gradients
 aten = torch.ops.aten
 _compressors = weakref.WeakSet["Compressor"]()  # of all optimizers
 
@@ -54,7 +54,7 @@ class Sums(NamedTuple):
     row: Tensor  # (rows,) row means of gᵢ²; empty for rules without
     col: Tensor  # (cols,)
     norm_sq: Tensor  # () ‖gᵢ‖²
-    sketch_sq: Tensor  # () ‖pᵢ‖²
+    sketch_norm_sq: Tensor  # () ‖pᵢ‖²
     number: Tensor  # () gradients added
 
 
@@ -256,35 +256,9 @@ class CompressedGradient(Tensor):
         norm = self.true_norm()
         return norm if self.zeroed else torch.where(self.sums().number > 0, norm, -1.0)
 
-    def advance(self, state: dict[str, Any], group: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Move R and C by the gradient, and give its sketch p (c, k) and, for "sketched", that of its square.
-
-        Args:
-            state: of its tensor, with "step" already counting this update.
-            group: the hyperparameters.
-        """
-        sums, beta2, t = self.sums(), group["betas"][1], int(state["step"])
-        factor, square = self._factors(sums)
-        if group["moments"] in moments.FACTORED:
-            row, col = sums.row * square, sums.col * square
-            factor = factor * _rewhitening(state["col"], beta2, sums.col / sums.number, col)
-            moments.factor(state["row"], state["col"], row, col, beta2, t)
-        return sums.p * factor, None if sums.q is None else sums.q * square
-
-    def advance_sampled(self, state: dict[str, Any], group: Mapping[str, Any]) -> tuple[Whitening, Tensor, int, int]:
-        """Move R and C by the gradient, and give its whitening and the entries held: value (⌈d/m⌉,), first one, and m.
-
-        Args:
-            state: of its tensor, with "step" already counting this update.
-            group: the hyperparameters.
-        """
-        sums, t = self.sums(), int(state["step"])
-        factor, square = self._factors(sums)
-        whitening = whiten_by(state, sums.row * square, sums.col * square, group["betas"][1], t)
-        return whitening, sums.p * factor, self.first, self.slot.sample_every
-
-    def _factors(self, sums: Sums) -> tuple[Tensor, Tensor]:
-        """Give c/W, and what Σgᵢ² is multiplied by to be g²."""
+    def use(self) -> tuple[Tensor, Tensor]:
+        """Use the gradient for a step; return c/W, and what Σgᵢ² is multiplied by to be g²."""
+        sums = self.sums()
         self.spent = True
         if self.early:
             self.compressor.expect(self.slot, self.scale if self.prescale is None else self.scale * self.prescale)
@@ -307,11 +281,11 @@ class CompressedGradient(Tensor):
 
 def agreement(sums: Sums) -> Tensor:
     """Estimate (Σgᵢ)² / Σgᵢ², at most N, by ‖Σpᵢ‖² / Σ‖pᵢ‖²; 1 for a single gradient."""
-    share = sums.p.square().sum() / sums.sketch_sq.clamp(min=torch.finfo(torch.float32).tiny)
+    share = sums.p.square().sum() / sums.sketch_norm_sq.clamp(min=torch.finfo(torch.float32).tiny)
     return torch.where(sums.number > 1, torch.minimum(share, sums.number), 1.0)
 
 
-def _rewhitening(held: Tensor, beta2: float, used: Tensor, true: Tensor) -> Tensor:
+def rewhitening(held: Tensor, beta2: float, used: Tensor, true: Tensor) -> Tensor:
     """Give √(mean v̂ as used ÷ mean v̂ as it should have been), from C and the column means of g² in both."""
     tiny = torch.finfo(torch.float32).tiny
     before = beta2 * held.mean()
@@ -590,12 +564,12 @@ class Compressor:
         for flat in (held.buffer.flat, held.buffer.earlier):
             if flat is not None:
                 sums = held.slot.sums(flat)
-                if group["moments"] in moments.FACTORED and not held.slot.sample_every:
+                if RULES[group["moments"]].whitens and not held.slot.sample_every:
                     col = optimizer._state_of(held.slot.param, group)["col"]
                     used = sums.col / sums.number.clamp(min=1)
-                    factor = held.scale * _rewhitening(col, group["betas"][1], used, used * square)
+                    factor = held.scale * rewhitening(col, group["betas"][1], used, used * square)
                 sums.p.mul_(factor)
-                sums.sketch_sq.mul_(factor.square())
+                sums.sketch_norm_sq.mul_(factor.square())
                 for squared in (sums.q, sums.row, sums.col, sums.norm_sq):
                     if squared is not None:
                         squared.mul_(square)
@@ -608,7 +582,7 @@ class Compressor:
         sums.norm_sq.add_(norm_sq if factor is None else norm_sq * factor.square())
         sums.number.add_(1)
         grid, whitening = layout.grid(gradient), None
-        if group["moments"] in moments.FACTORED:
+        if RULES[group["moments"]].whitens:
             state = optimizer._state_of(param, group)
             t = int(state["step"]) + 1
             for total, mean in zip((sums.row, sums.col), mean_squares(grid, layout), strict=True):
@@ -616,15 +590,17 @@ class Compressor:
         if slot.sample_every:
             value = gradient.reshape(-1)[held.first :: slot.sample_every].float()
             sums.p[: len(value)].add_(value)
-            sums.sketch_sq.add_(value.square().sum())
+            sums.sketch_norm_sq.add_(value.square().sum())
             return
-        if group["moments"] in moments.FACTORED:
+        if RULES[group["moments"]].whitens:
             moved = {name: state[name].clone() for name in ("row", "col")}
-            whitening = whiten_by(moved, sums.row / sums.number, sums.col / sums.number, group["betas"][1], t)
+            row, col = sums.row / sums.number, sums.col / sums.number
+            whitening = whiten(moved, row, col, group["betas"][1], group["eps"], t)
         projection = optimizer._projection(group)
         assert projection is not None  # there is a sketch
-        p, q = encode(grid, layout, whitening, projection, group, factor)
-        sums.sketch_sq.add_(p.square().sum())
+        sparsity, squares = group["sparsity"], sums.q is not None
+        p, q = encode(grid, layout, projection, sparsity, whitening, factor=factor, squares=squares)
+        sums.sketch_norm_sq.add_(p.square().sum())
         sums.p.add_(p)
         if sums.q is not None and q is not None:
             sums.q.add_(q)
@@ -868,8 +844,8 @@ def _shapes(layout: Layout, group: Mapping[str, Any], sample_every: int) -> list
     sketch: tuple[int, ...] = (layout.chunks, min(group["sketch_size"], layout.chunk))
     if not group["sketch_size"]:
         sketch = (math.ceil(layout.numel / sample_every),)
-    row, col = (layout.rows, layout.cols) if group["moments"] in moments.FACTORED else (0, 0)
-    return [sketch, sketch if group["moments"] == "sketched" else (0,), (row,), (col,), (3,)]
+    row, col = (layout.rows, layout.cols) if RULES[group["moments"]].whitens else (0, 0)
+    return [sketch, sketch if RULES[group["moments"]].square is not None else (0,), (row,), (col,), (3,)]
 
 
 def _slots(compressor: Compressor, optimizer: SGC, sample_every: int) -> list[Slot]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from sgc.checks import sequence, shown, whole, word
+from sgc.codec.encode import encode, select
 from sgc.codec.layout import Layout, make_layout
 from sgc.codec.project import Projection, check_projection
 from sgc.codec.recover import METHODS, recover
-from sgc.codec.sparsify import top_entries
 
 __all__ = ["Codec"]
 
@@ -70,7 +70,9 @@ class Codec:
             TypeError: x is not a dense real floating-point tensor.
         """
         _check_dense("x", x)
-        return self._encode(x, make_layout(x.shape, self.chunk_size), self.sparsity)[0]
+        layout = make_layout(x.shape, self.chunk_size)
+        check_projection(layout.chunk, self.sketch_size)
+        return encode(layout.grid(x), layout, self._projection, self.sparsity)[0]
 
     def encode_rows(self, x: Tensor, *, sparsity: int | None = None) -> tuple[Tensor, Tensor]:
         """Sparsify and project vectors, each as `encode` would, and return what that leaves out of them.
@@ -93,21 +95,11 @@ class Codec:
         one = make_layout(x.shape[1:], self.chunk_size)
         rest = torch.nn.functional.pad(x, (0, one.chunks * one.chunk - one.numel))
         rows = Layout((rest.numel(),), len(x) * one.chunks, one.chunk, one.chunk)
-        sketch, index = self._encode(rest, rows, sparsity)
+        check_projection(one.chunk, self.sketch_size)
+        index, value = select(rows.grid(rest), rows, None, min(sparsity, one.chunk))
+        sketch = self._projection.project(index, value, one.chunk)
         rest = rest.view(-1, one.chunk).scatter(1, index, 0.0).view(rest.shape)
         return sketch.view(len(x), one.chunks, -1), rest[:, : one.numel]
-
-    def _encode(self, x: Tensor, layout: Layout, sparsity: int) -> tuple[Tensor, Tensor]:
-        """Return the sketch of a tensor, and the positions (c, s) of what was kept of its chunks."""
-        check_projection(layout.chunk, self.sketch_size)
-        shape = (layout.chunks, min(self.sketch_size, layout.chunk))
-        sketch = torch.empty(shape, dtype=torch.float32, device=x.device)
-        kept = torch.empty(layout.chunks, min(sparsity, layout.chunk), dtype=torch.int64, device=x.device)
-        grid = layout.grid(x)
-        for rows, chunks in layout.blocks():
-            kept[chunks], value = top_entries(layout.cut(grid[rows].float()), sparsity)
-            sketch[chunks] = self._projection.project(kept[chunks], value, layout.chunk)
-        return sketch, kept
 
     def decode(
         self, sketch: Tensor, shape: Sequence[int], *, sparsity: int | None = None, method: str = "omp"
@@ -140,11 +132,8 @@ class Codec:
         if not 1 <= sparsity or (self.sketch_size < layout.chunk and sparsity > self.sketch_size):
             raise ValueError(f"sparsity must be in [1, sketch_size={self.sketch_size}], got {sparsity}")
         check_projection(layout.chunk, self.sketch_size)
-        lengths = layout.lengths(sketch.device)
-        index, value = recover(sketch.float(), layout.chunk, self._projection, sparsity, method, lengths)
-        flat = torch.zeros(layout.numel, dtype=torch.float32, device=sketch.device)
-        place(flat, layout.flat_index(index), value, index, lengths)
-        return flat.view(tuple(shape))
+        index, value = recover(sketch.float(), layout, self._projection, sparsity, method)
+        return layout.scatter(index, value).view(shape)
 
 
 def _check_dense(name: str, tensor: Any) -> None:
@@ -153,11 +142,3 @@ def _check_dense(name: str, tensor: Any) -> None:
         raise TypeError(f"{name} must be a dense real floating-point tensor, got {shown(tensor)}")
     if not tensor.is_floating_point() or tensor.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense real floating-point tensor, got {tensor.dtype} in {tensor.layout}")
-
-
-def place(flat: Tensor, position: Tensor, value: Tensor, index: Tensor, lengths: Tensor | None) -> None:
-    """Write recovered values into a flat tensor, leaving out what fell on padding."""
-    if lengths is not None:
-        real = index < lengths[:, None]
-        position, value = position[real], value[real]
-    flat[position.reshape(-1)] = value.reshape(-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Layout:
         return self.chunks * self.chunk != self.numel
 
     def rows_per_slice(self, unit: int = 1) -> int | None:
-        """Give the grid rows in one index of dim 0; None where an index of it cuts a grid row, or `unit` rows."""
+        """Return the grid rows in one index of dim 0; None where an index of it cuts a grid row, or `unit` rows."""
         if not self.shape or not self.numel:
             return None
         entries = self.numel // self.shape[0]
@@ -57,6 +57,23 @@ class Layout:
         flat = x.reshape(-1)
         missing = self.rows * self.cols - flat.numel()
         return (torch.nn.functional.pad(flat, (0, missing)) if missing else flat).view(self.rows, self.cols)
+
+    def window(self, start: int, stop: int, unit: int | None = None) -> Window:
+        """Find the grid rows that entries start to stop of the flattened tensor touch, in whole multiples of `unit`.
+
+        Args:
+            start: the first entry of the part.
+            stop: the one after its last.
+            unit: grid rows that are not to be cut; None: those of a chunk.
+        """
+        unit = self.rows_per_chunk if unit is None else unit
+        first = start // (unit * self.cols) * unit
+        last = min(math.ceil(stop / (unit * self.cols)) * unit, self.rows) if stop > start else first
+        begin, end = first * self.cols, min(last * self.cols, self.numel)
+        seen = replace(self, shape=(end - begin,), rows=last - first)
+        before = first // self.rows_per_chunk * self.pieces
+        offset = start - begin if stop > start else 0
+        return Window(slice(first, last), seen, offset, slice(before, before + seen.chunks))
 
     def cut(self, grid: Tensor) -> Tensor:
         """Cut some whole rows of the grid, a multiple of `rows_per_chunk` or the last ones, into (chunks, n)."""
@@ -75,7 +92,7 @@ class Layout:
             yield slice(start, stop), slice(start // unit * self.pieces, math.ceil(stop / unit) * self.pieces)
 
     def lengths(self, device: torch.device | str) -> Tensor | None:
-        """Give the number of real entries in each chunk (c,), or None where no chunk is padded."""
+        """Return the number of real entries in each chunk (c,), or None where no chunk is padded."""
         if not self.padded:
             return None
         length = torch.full((self.chunks,), self.chunk, dtype=torch.int64, device=device)
@@ -93,6 +110,41 @@ class Layout:
         else:
             start = chunk * self.chunk
         return index + start[:, None]
+
+    def entries(self, index: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn what lies in chunks, index and value (c, s), into positions in the flattened tensor and values there.
+
+        Padding is left out; both results are flat.
+        """
+        position, lengths = self.flat_index(index), self.lengths(index.device)
+        if lengths is not None:
+            real = index < lengths[:, None]
+            position, value = position[real], value[real]
+        return position.reshape(-1), value.reshape(-1)
+
+    def scatter(self, index: Tensor, value: Tensor) -> Tensor:
+        """Put what lies in chunks, index and value (c, s), into a flat tensor of zeros in fp32, padding left out."""
+        flat = torch.zeros(self.numel, dtype=torch.float32, device=value.device)
+        position, value = self.entries(index, value)
+        flat[position] = value
+        return flat
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a part of a tensor sees of it: the grid rows that it touches, and where among their entries it lies."""
+
+    rows: slice  # of the tensor's grid
+    layout: Layout  # of those rows
+    offset: int  # entries of those rows before the first of the part
+    chunks: slice  # of the tensor
+
+    def grid(self, x: Tensor) -> Tensor:
+        """Put the entries of the part in their rows, with zeros where entries are another's."""
+        flat = x.reshape(-1)
+        after = self.layout.rows * self.layout.cols - self.offset - flat.numel()
+        flat = torch.nn.functional.pad(flat, (self.offset, after)) if self.offset or after else flat
+        return flat.view(self.layout.rows, self.layout.cols)
 
 
 @functools.lru_cache(maxsize=4096)

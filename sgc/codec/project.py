@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from sgc.backends import numba as compiled
+from sgc.backends import stage
 
 HELD_ENTRIES = 1 << 20  # an A of up to so many entries is held (4 MiB in fp32), a larger one is made blockwise
 MOST_ENTRIES = 1 << 32  # an A beyond this would take minutes a step to make, and is refused
@@ -74,7 +74,7 @@ class Projection:
         return n * self.sketch_size <= HELD_ENTRIES
 
     def columns(self, n: int, device: torch.device) -> Tensor:
-        """Give A[:, :n] as its transpose (n, k), made once and held."""
+        """Return A[:, :n] as its transpose (n, k), made once and held."""
         held = self._held.get(device)
         if held is None or held.shape[0] < n:
             held = self._held[device] = sign_columns(torch.arange(n, device=device), self.sketch_size, self.seed)
@@ -91,15 +91,19 @@ class Projection:
             yield start, sign_columns(block, self.sketch_size, self.seed)
 
     def words(self, n: int, device: torch.device) -> Tensor:
-        """Give the signs of A[:, :n] as bits, made once and held: (⌈k/32⌉, at least n) int32, as `sign_words`."""
+        """Return the signs of A[:, :n] as bits, made once and held: (⌈k/32⌉, at least n) int32, as `sign_words`."""
         held = self._words.get(device)
         if held is None or held.shape[1] < n:
             bits = sign_words(torch.arange(n, device=device), self.sketch_size, self.seed)
             held = self._words[device] = bits.to(torch.int32).T.contiguous()
         return held
 
+    def sign_bits(self, n: int) -> Tensor:
+        """Return the signs of A[:, :n] as bits on the CPU, (⌈k/32⌉, n) int32, made anew and not held."""
+        return sign_words(torch.arange(n, device="cpu"), self.sketch_size, self.seed).to(torch.int32).T
+
     def gather(self, index: Tensor, n: int) -> Tensor:
-        """Give the columns of A at `index` (c, s) as (c, s, k)."""
+        """Return the columns of A at `index` (c, s) as (c, s, k)."""
         if self.holds(n):
             return self.columns(n, index.device)[index]
         made = sign_columns(index.reshape(-1), self.sketch_size, self.seed)
@@ -119,12 +123,7 @@ class Projection:
         if self.sketch_size >= n:
             return value.new_zeros(index.shape[0], n).scatter_(1, index, value)
         if self.holds(n):
-            if compiled.usable(value):
-                out = value.new_zeros(index.shape[0], self.sketch_size)
-                return compiled.project(index, value, self.columns(n, index.device), out)
-            return torch.nn.functional.embedding_bag(
-                index.contiguous(), self.columns(n, index.device), per_sample_weights=value.contiguous(), mode="sum"
-            )
+            return project(value, index, self.columns(n, index.device))
         y = value.new_zeros(index.shape[0], self.sketch_size)
         step = max(1, (1 << 20) // self.sketch_size)
         for start in range(0, index.shape[1], step):
@@ -142,6 +141,14 @@ class Projection:
         """Bytes of A really held, over all devices."""
         held = (*self._held.values(), *self._words.values())
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+@stage("encode")
+def project(value: Tensor, index: Tensor, columns: Tensor) -> Tensor:
+    """Project sparse chunks, value and index (c, s), by A given as its transpose (n, k): (c, k)."""
+    return torch.nn.functional.embedding_bag(
+        index.contiguous(), columns, per_sample_weights=value.contiguous(), mode="sum"
+    )
 
 
 def check_projection(n: int, sketch_size: int) -> None:

@@ -5,18 +5,54 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sgc.backends import numba as compiled
-from sgc.codec.project import Projection, sign_words
-from sgc.codec.sparsify import top_entries, top_indices
+from sgc.backends import stage
+from sgc.codec.layout import Layout
+from sgc.codec.project import Projection
+from sgc.codec.sparsify import spread, top_entries, top_indices
+from sgc.constants import RIDGE
 
 METHODS = ("omp", "gomp", "threshold")
 GOMP_PASSES = 4  # correlation passes of generalized OMP
-RIDGE = 1e-5  # keeps equal or opposite columns, common at small k, from making the least squares singular
-_BLOCK = 1 << 20  # entries of the largest temporary
+BLOCK = 1 << 20  # entries of the largest temporary
 ELIMINATED = 8  # systems of up to so many unknowns are solved all together, larger ones by LAPACK one after the other
 
 
+@stage("recover")
 def recover(
+    sketch: Tensor,
+    layout: Layout,
+    projection: Projection,
+    sparsity: int,
+    method: str = "omp",
+    *,
+    take: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Recover the sparse entries of every chunk of a tensor; chunks whose sketch holds nothing cost nothing.
+
+    Args:
+        sketch: y, (c, k) fp32; changed in place with `take`.
+        layout: the chunks.
+        projection: A.
+        sparsity: s', entries to recover in each chunk.
+        method: as for `pursue`.
+        take: whether what is recovered leaves the sketch: y ← y − A·x̂.
+
+    Returns:
+        index (c, s') int64, ascending in each chunk, and value (c, s') fp32.
+    """
+    lengths = layout.lengths(sketch.device)
+    busy = sketch.abs().amax(1) != 0 if sketch.numel() else None  # `any` is several times slower on a CPU
+    if busy is None or busy.all():
+        index, value = pursue(sketch, layout.chunk, projection, sparsity, method, lengths)
+    else:
+        some = None if lengths is None else lengths[busy]
+        index, value = spread(*pursue(sketch[busy], layout.chunk, projection, sparsity, method, some), busy)
+    if take:
+        sketch.sub_(projection.project(index, value, layout.chunk))
+    return index, value
+
+
+def pursue(
     sketch: Tensor, n: int, projection: Projection, sparsity: int, method: str = "omp", lengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Find the sparse chunks that explain the sketches: y ≈ A[:, index]·value.
@@ -39,13 +75,27 @@ def recover(
     sparsity = min(sparsity, n)
     if projection.sketch_size >= n:
         return top_entries(sketch, sparsity)
-    if method == "threshold" and projection.holds(n) and compiled.selects(sparsity) and compiled.usable(sketch):
-        return _compiled_threshold(sketch, n, projection, sparsity, lengths)
+    if method == "threshold":
+        return threshold(sketch, n, projection, sparsity, lengths)
+    passes = sparsity if method == "omp" else min(GOMP_PASSES, sparsity)
+    return _pursue_in_blocks(sketch, n, projection, sparsity, passes, lengths)
+
+
+@stage("recover")
+def threshold(
+    sketch: Tensor, n: int, projection: Projection, sparsity: int, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Recover by one pass over A: the s' largest correlations, and their least-squares values; as for `pursue`."""
+    return _pursue_in_blocks(sketch, n, projection, sparsity, 1, lengths)
+
+
+def _pursue_in_blocks(
+    sketch: Tensor, n: int, projection: Projection, sparsity: int, passes: int, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
     widest = max(n, sparsity * (sparsity if projection.holds(n) else projection.sketch_size))
-    step = max(1, _BLOCK // widest)
-    passes = {"omp": sparsity, "gomp": min(GOMP_PASSES, sparsity), "threshold": 1}[method]
+    step = max(1, BLOCK // widest)
     grams = None
-    if sparsity > 1 and n * n <= _BLOCK and sketch.shape[0] * sparsity >= n:  # else it costs more than it saves
+    if sparsity > 1 and n * n <= BLOCK and sketch.shape[0] * sparsity >= n:  # else it costs more than it saves
         signs = projection.columns(n, sketch.device).sign()
         grams = signs @ signs.T
     parts = []
@@ -58,23 +108,6 @@ def recover(
     index, value = (torch.cat(part) if len(parts) > 1 else part[0] for part in zip(*parts, strict=True))
     index, order = index.sort(1)
     return index, value.gather(1, order)
-
-
-def _compiled_threshold(
-    sketch: Tensor, n: int, projection: Projection, sparsity: int, lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    columns = projection.columns(n, sketch.device)
-    words = sign_words(torch.arange(n, device="cpu"), projection.sketch_size, projection.seed).to(torch.int32).T
-    index = torch.empty(sketch.shape[0], sparsity, dtype=torch.int64, device="cpu")
-    value = sketch.new_empty(sketch.shape[0], sparsity)
-    step = max(1, _BLOCK // n)
-    correlation = sketch.new_empty(min(step, sketch.shape[0]), n)
-    for start in range(0, sketch.shape[0], step):
-        part = slice(start, start + step)
-        length = None if lengths is None else lengths[part]
-        here = torch.mm(sketch[part], columns.T, out=correlation[: sketch.shape[0] - start])
-        compiled.recover(here, words, projection.sketch_size, RIDGE, length, index[part], value[part])
-    return index, value
 
 
 def _pursuit(
@@ -103,7 +136,7 @@ def _best(score: Tensor, count: int) -> Tensor:
 
 
 def _gram(projection: Projection, index: Tensor, n: int, grams: Tensor | None, real: Tensor | None) -> Tensor:
-    """Give AᵀA at every pair of positions (c, s', s'), as exact multiples of 1/k; 0 where a position is not real."""
+    """Return AᵀA at every pair of positions (c, s', s'), as exact multiples of 1/k; 0 where a position is not real."""
     if grams is None:
         signs = projection.gather(index, n).sign_()
         gram = signs @ signs.mT

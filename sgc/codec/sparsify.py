@@ -30,6 +30,14 @@ def top_entries(x: Tensor, sparsity: int) -> tuple[Tensor, Tensor]:
     return index, x.gather(1, index)
 
 
+def spread(index: Tensor, value: Tensor, busy: Tensor) -> tuple[Tensor, Tensor]:
+    """Put what was found in the busy chunks in its place among all; the others get the first positions, and zeros."""
+    all_index = torch.arange(index.shape[1], device=index.device).repeat(len(busy), 1)
+    all_value = value.new_zeros(all_index.shape)
+    all_index[busy], all_value[busy] = index, value
+    return all_index, all_value
+
+
 def top_indices(magnitude: Tensor, sparsity: int) -> Tensor:
     """Select as `top_entries` does by magnitudes (c, n), which may be as low as −1: index (c, s) int64, ascending."""
     n = magnitude.shape[1]
@@ -80,7 +88,7 @@ def _top_by_groups(magnitude: Tensor, sparsity: int) -> Tensor:
 
 
 def _reaching(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Give the ascending positions (c, count) of the `count` largest of each row, and where they are so many (c,)."""
+    """Return the ascending positions (c, count) of the `count` largest of each row, and if they are so many (c,)."""
     chunks, n = values.shape
     reached = values >= _smallest_of_top(values, count)
     clear = torch.ones(chunks, dtype=torch.bool, device=values.device)
@@ -93,7 +101,7 @@ def _reaching(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _smallest_of_top(values: Tensor, count: int) -> Tensor:
-    """Give the `count`-th largest of each row, (c, 1), from what is at least −1."""
+    """Return the `count`-th largest of each row, (c, 1), from what is at least −1."""
     if count > LARGEST_NETWORK:
         return values.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
     chunks, n = values.shape

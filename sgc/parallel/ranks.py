@@ -18,7 +18,7 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,9 +27,6 @@ from torch import Tensor
 from sgc import backends
 from sgc.arguments import IGNORED
 from sgc.parallel import fsdp2
-
-if TYPE_CHECKING:
-    from sgc.optimizer import SGC
 
 BEAT = 3.0  # seconds from one sign of life to the next
 SILENCE = 30.0  # seconds without one after which a rank counts as ended; a call may keep the interpreter for long
@@ -42,7 +39,24 @@ _INSTEAD = (
 )
 
 
-def must_agree(optimizer: SGC, ddp_ranks: Sequence[int] | None = None) -> dict[str, Any]:
+class Trainer(Protocol):
+    """What the comparison of ranks reads of an optimizer."""
+
+    check_ranks: Any  # a bool, or the process group of the ranks that train one model
+    _compressor: Any  # None: not attached
+    _given: Any  # `Given`: the tensors the optimizer was made with
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...  # noqa: D102
+
+    @property
+    def defaults(self) -> dict[str, Any]: ...  # noqa: D102
+
+    @property
+    def state(self) -> Mapping[Tensor, Any]: ...  # noqa: D102
+
+
+def must_agree(optimizer: Trainer, ddp_ranks: Sequence[int] | None = None) -> dict[str, Any]:
     """List all that must be the same on every rank that trains the model.
 
     Args:
@@ -55,7 +69,7 @@ def must_agree(optimizer: SGC, ddp_ranks: Sequence[int] | None = None) -> dict[s
     compressor = optimizer._compressor
     return {
         "run": {
-            "the version of sgc": sys.modules[__package__].__version__,  # it imports this module
+            "the version of sgc": sys.modules["sgc"].__version__,  # it imports this module
             "the version of torch": torch.__version__,
             backends.VARIABLE: backends.requested(),
             "attached": compressor is not None,
@@ -67,7 +81,7 @@ def must_agree(optimizer: SGC, ddp_ranks: Sequence[int] | None = None) -> dict[s
     }
 
 
-def _described(optimizer: SGC, group: Mapping[str, Any]) -> dict[str, Any]:
+def _described(optimizer: Trainer, group: Mapping[str, Any]) -> dict[str, Any]:
     """Describe a group: SGC's own arguments and its tensors, not what a sharding harness has put in their place."""
     names = group.get("param_names") or range(len(group["params"]))
     own = [
@@ -79,12 +93,12 @@ def _described(optimizer: SGC, group: Mapping[str, Any]) -> dict[str, Any]:
     return {**described, **({"steps": group["steps"]} if own else {}), "parameters": own}
 
 
-def _is_given(optimizer: SGC, param: Tensor) -> bool:
+def _is_given(optimizer: Trainer, param: Tensor) -> bool:
     """Whether it is a tensor the optimizer was made with, whole, and not what a sharding harness has put there."""
-    return id(param) in optimizer._given_ids and not fsdp2.is_sharded(param) and not fsdp2.is_flattened(param)
+    return id(param) in optimizer._given.ids and not fsdp2.is_sharded(param) and not fsdp2.is_flattened(param)
 
 
-def _state_checksum(optimizer: SGC, group: Mapping[str, Any]) -> int:
+def _state_checksum(optimizer: Trainer, group: Mapping[str, Any]) -> int:
     """Sum up what every rank must hold alike: the state of whole tensors, and not of shards and flat partitions."""
     alike = (optimizer.state[p] for p in group["params"] if p in optimizer.state and _is_given(optimizer, p))
     return checksum(value for held in alike for value in held.values() if isinstance(value, Tensor))
@@ -110,7 +124,7 @@ def several() -> bool:
     return dist.get_backend() != "fake"  # whose other ranks are not there
 
 
-def partners(optimizer: SGC) -> list[int]:
+def partners(optimizer: Trainer) -> list[int]:
     """List the ranks that train this optimizer's model: of the mesh that shards it, or those of the whole run."""
     if isinstance(optimizer.check_ranks, dist.ProcessGroup):
         return dist.get_process_group_ranks(optimizer.check_ranks)
@@ -163,7 +177,7 @@ class _Meeting:
         self.readers = len(ranks)
 
     def hold(self, word: Mapping[str, Any], refusal: str | None) -> str:
-        """Give the verdict: `AGREED`, or the sentence that all ranks raise."""
+        """Compare, and return the verdict: `AGREED`, or the sentence that all ranks raise."""
         mine = as_json(self.rank, word)
         first = json.loads(self.store.compare_set(f"{self.key}/word", "", json.dumps(mine)))
         if refusal is not None:
@@ -179,7 +193,7 @@ class _Meeting:
         return verdict
 
     def part(self) -> None:
-        """Have rank 0, whose process holds the store unless a launcher does, wait until the others have read why."""
+        """Wait, on rank 0, whose process holds the store unless a launcher does, until the others have read why."""
         with contextlib.suppress(dist.DistError):  # what is to be known is known
             self.store.add(f"{self.key}/read", 1)
             for _ in _pauses(FAREWELL if self.rank == 0 else 0):
@@ -187,7 +201,7 @@ class _Meeting:
                     return
 
     def decide(self, verdict: str) -> None:
-        """Say what holds for all, unless somebody has."""
+        """Write the verdict for all ranks, unless one is written already."""
         self.store.compare_set(f"{self.key}/verdict", "", verdict)
 
     def wait(self, watched: Sequence[int]) -> str:
@@ -212,7 +226,7 @@ class _Meeting:
         return str(self.store.get(f"{self.key}/verdict").decode())
 
     def gone(self, rank: int) -> str | None:
-        """Say how a rank has ended, if it has."""
+        """Return how a rank has ended, or None while it shows signs of life."""
         if rank == self.rank:
             return None
         if self.store.check([f"sgc/ended/{rank}"]):
@@ -237,7 +251,7 @@ def _pauses(seconds: float) -> Iterator[None]:
 
 
 def as_json(rank: int, word: Mapping[str, Any]) -> dict[str, Any]:
-    """Give what `must_agree` lists as another rank reads it."""
+    """Return what `must_agree` lists, as another rank reads it."""
 
     def plain(value: Any) -> Any:
         return value.item() if isinstance(value, Tensor) else str(value)
@@ -247,7 +261,7 @@ def as_json(rank: int, word: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """Say where two ranks differ, each `as_json`, the lower rank first; None: nowhere."""
+    """Return where two ranks differ, each `as_json`, the lower rank first; None: nowhere."""
     low, high = sorted((one, other), key=lambda word: int(word["rank"]))
     here, there = f"on rank {low['rank']}", f"on rank {high['rank']}"
     for name, own in low["run"].items():
@@ -277,7 +291,7 @@ def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
 class Presence:
     """Signs of life of this rank, from the making of an optimizer until the ranks have agreed or the optimizer goes."""
 
-    def __init__(self, optimizer: SGC) -> None:
+    def __init__(self, optimizer: object) -> None:
         self._over, self._pid = threading.Event(), os.getpid()
         self._rank, self._store = dist.get_rank(), dist.distributed_c10d._get_default_store()
         threading.Thread(target=_beat, args=(self._store, self._rank, self._over), daemon=True).start()
@@ -285,12 +299,12 @@ class Presence:
         weakref.finalize(optimizer, self.end).atexit = False
 
     def end(self) -> None:
-        """Show none any more."""
+        """Stop the signs of life."""
         self._over.set()
         atexit.unregister(self._last_words)
 
     def _last_words(self) -> None:
-        """Tell the others, who may wait, why this process ends before its first step."""
+        """Write for the others, who may wait, why this process ends before its first step."""
         if os.getpid() != self._pid:
             return  # a fork of it
         self._over.set()

@@ -14,33 +14,22 @@ number of ranks; sketches are of the chunks in sight.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sgc import moments
+from sgc.codec.encode import Whitening
 from sgc.codec.layout import Layout
-from sgc.codec.project import Projection
-from sgc.state import QUANTIZED_BLOCK, Schema, state_schema, tensor_layout
-from sgc.step import (
-    Update,
-    Whitening,
-    adamw_update,
-    apply_dense,
-    apply_entries,
-    apply_whitened,
-    encode,
-    entries,
-    means,
-    select,
-    sketched_update,
-    square_sums,
-    whiten_by,
-)
+from sgc.moments import RULES, Rates
+from sgc.parallel.home import PENDING, Asked, Given, Home, Lend, Sum, side_by_side
+from sgc.state import DTYPES, MOMENTS, SCALES, Schema, state_schema, tensor_layout
+from sgc.step import Recovered, Update
+from sgc.views import Summed, Tools, View
+from sgc.whiten import means, square_sums
 
 SPAN = "span"  # state of a piece: start, stop, at and the shape of its tensor, so that a checkpoint explains itself
 
@@ -62,63 +51,8 @@ class Piece:
 
     @property
     def span(self) -> list[int]:
-        """Say in numbers what the piece is."""
+        """Describe the piece in numbers."""
         return [self.start, self.stop, self.at, *self.shape]
-
-    def window(self, layout: Layout) -> Window:
-        """Give the whole rows of chunks of the tensor that the piece touches."""
-        unit = layout.rows_per_chunk * layout.cols
-        first, last = self.start // unit, math.ceil(self.stop / unit)
-        rows = slice(first * layout.rows_per_chunk, min(last * layout.rows_per_chunk, layout.rows))
-        begin, end = rows.start * layout.cols, min(rows.stop * layout.cols, layout.numel)
-        seen = replace(layout, shape=(end - begin,), rows=rows.stop - rows.start)
-        return Window(rows, seen, self.start - begin, slice(first * layout.pieces, last * layout.pieces))
-
-
-@dataclass(frozen=True)
-class Window:
-    """What a piece sees of its tensor."""
-
-    rows: slice  # of the tensor's grid
-    layout: Layout  # of those rows
-    offset: int  # entries of those rows before the piece
-    chunks: slice  # of the tensor
-
-    def grid(self, x: Tensor) -> Tensor:
-        """Put a piece (entries,) in its rows, zeros around it."""
-        after = self.layout.rows * self.layout.cols - self.offset - x.numel()
-        x = torch.nn.functional.pad(x, (self.offset, after)) if self.offset or after else x
-        return x.view(self.layout.rows, self.layout.cols)
-
-
-@dataclass
-class _Sight:
-    """A piece on its way through one update."""
-
-    piece: Piece
-    gradient: Tensor  # (entries,) fp32
-    layout: Layout | None  # of the whole tensor; None where it is kept dense
-    window: Window | None
-    sums: Tensor  # Σg²; then, where R and C are held, the row and the column sums of g² of the whole tensor
-    whitening: Whitening | None = None  # of the window's rows
-    p: Tensor | None = None  # the sketches of the window's chunks
-    q: Tensor | None = None
-
-    def seen(self) -> tuple[Layout, Window]:
-        assert self.layout is not None  # asked of compressed tensors only
-        assert self.window is not None
-        return self.layout, self.window
-
-
-@dataclass(frozen=True)
-class Tools:
-    """What the optimizer lends to an update."""
-
-    lr: float  # negative to maximize
-    decay: float  # learning rate times weight decay
-    projection: Projection | None
-    generator: Callable[[int, Tensor, Mapping[str, Any]], torch.Generator | None]  # of a tensor's number
-    probe: Callable[[Piece, Layout, Projection | None, Mapping[str, Any], Update], None]
 
 
 def find_pieces(flat: Tensor, tensors: Sequence[Tensor]) -> tuple[list[Piece], Any] | None:
@@ -163,149 +97,166 @@ def _pieces_of_stage_3(flat: Tensor, owner: Any, numbers: Mapping[int, int]) -> 
     return None
 
 
-class Partition:
-    """One flat partition as its pieces.
+class Partition(Home):
+    """One flat partition, 1-D, as its pieces: the home of all of them.
 
     Args:
-        flat: the partition, 1-D.
+        number: of the partition among all that the optimizer is given.
+        flat: the partition.
+        group: the hyperparameters.
         pieces: what lies in it; padding does not.
         process_group: over which the partitions are spread.
     """
 
-    def __init__(self, flat: Tensor, pieces: Sequence[Piece], process_group: Any) -> None:
-        self.flat, self.pieces, self.process_group = flat, list(pieces), process_group
+    flat = True
+
+    def __init__(
+        self, number: int, flat: Tensor, group: dict[str, Any], pieces: Sequence[Piece], process_group: Any
+    ) -> None:
+        super().__init__(number, flat, group, "a partition")
+        self.pieces, self.process_group = list(pieces), process_group
         self._shared: list[tuple[int, tuple[int, ...], list[int]]] | None = None
 
-    def schema(self, group: Mapping[str, Any]) -> Schema:
+    # -- state
+
+    def schema(self) -> Schema:
         """Name every tensor that the state of the partition holds, with its shape and dtype."""
-        held = ((piece, name, tensor) for piece in self.pieces for name, tensor in piece_schema(piece, group).items())
+        held = ((piece, n, tensor) for piece in self.pieces for n, tensor in piece_schema(piece, self.group).items())
         return {f"{piece.number}.{name}": tensor for piece, name, tensor in held}
 
-    def check_state(self, saved: Mapping[str, Any], group: Mapping[str, Any]) -> None:
+    def own_names(self, held: Mapping[str, Any]) -> set[str]:
+        """Name what a state holds of ours."""
+        return held.keys() & (self.schema().keys() | {PENDING})
+
+    def check_state(self, held: Mapping[str, Any], source: str) -> None:
         """Refuse the state of another partition.
 
         Raises:
             ValueError: the pieces are others, or a tensor has another shape.
         """
         for piece in self.pieces:
-            span = saved.get(f"{piece.number}.{SPAN}", torch.zeros(3)).tolist()
+            span = held.get(f"{piece.number}.{SPAN}", torch.zeros(3)).tolist()
             if span != piece.span:
                 raise ValueError(
-                    f"this rank holds entries {piece.start} to {piece.stop} of tensor {piece.number}, the checkpoint "
+                    f"this rank holds entries {piece.start} to {piece.stop} of tensor {piece.number}, {source} "
                     f"{span[0]:.0f} to {span[1]:.0f}: it is of another model, another number of ranks or another stage "
                     "of ZeRO; sgc.zero_checkpoint.reshape_checkpoint rewrites one for other ranks"
                 )
-        for name, (shape, dtype) in self.schema(group).items():
-            held = saved.get(name)
-            if not isinstance(held, Tensor) or (tuple(held.shape), held.dtype) != (shape, dtype):
-                found = f"{held.dtype} of shape {tuple(held.shape)}" if isinstance(held, Tensor) else "none"
-                raise ValueError(f"the state {name} should be {dtype} of shape {shape}, the checkpoint holds {found}")
+        for name, (shape, dtype) in self.schema().items():
+            value = held.get(name)
+            if not isinstance(value, Tensor) or (tuple(value.shape), value.dtype) != (shape, dtype):
+                found = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "none"
+                raise ValueError(f"the state {name} should be {dtype} of shape {shape}, {source} holds {found}")
 
-    def make_state(self, state: dict[str, Any], group: Mapping[str, Any]) -> None:
-        """Fill an empty state."""
-        for name, (shape, dtype) in self.schema(group).items():
-            state[name] = torch.zeros(shape, dtype=dtype, device="cpu" if on_cpu(name) else self.flat.device)
+    def new_state(self) -> dict[str, Any]:
+        """Make the state, all zero but for what the pieces are."""
+        state = {
+            name: torch.zeros(shape, dtype=dtype, device=self._device(name))
+            for name, (shape, dtype) in self.schema().items()
+        }
         for piece in self.pieces:
             state[f"{piece.number}.{SPAN}"].copy_(torch.tensor(piece.span))
+        return state
 
-    @torch.no_grad()
-    def update(self, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any], tools: Tools) -> int:
-        """Make one update of all pieces; every rank of the process group must come here.
+    def holds(self, state: Mapping[str, Any]) -> bool:
+        """Whether a state is that of these pieces: DeepSpeed's bf16 optimizer steps once before it tells them."""
+        return all(f"{piece.number}.{SPAN}" in state for piece in self.pieces)
 
-        Args:
-            gradient: of the partition, 1-D.
-            state: of the partition.
-            group: the hyperparameters.
-            tools: of the optimizer.
+    def _device(self, name: str) -> torch.device | str:
+        return "cpu" if name.rpartition(".")[2] in ("step", SPAN) else self.param.device
 
-        Returns:
-            How many tensors were left out because their gradients are not finite.
+    # -- one update of all pieces; every rank of the process group must come here
+
+    def views(self, gradient: Tensor, held: Callable[[], dict[str, Any]], lend: Lend) -> list[View]:
+        """View every piece.
 
         Raises:
             ValueError: `rank` is set.
         """
-        if group["rank"] is not None:
-            raise ValueError(f"rank must be None under DeepSpeed, which cuts matrices into pieces, got {group['rank']}")
-        if not state:
-            self.make_state(state, group)
-        sights = [self._look(piece, gradient, group) for piece in self.pieces]
-        self._sum_statistics(sights, group)
-        norms = torch.stack([sight.sums[0] for sight in sights]).tolist() if sights else []
-        moving = [sight for sight, norm in zip(sights, norms, strict=True) if math.isfinite(norm) and norm > 0]
-        for sight in moving:
-            _advance(sight, _PieceState(state, sight.piece), group, tools)
-        if tools.projection is not None:
-            self._sum_cut_chunks(moving, group, tools.projection)
-        for sight, norm in zip(sights, norms, strict=True):
-            weight = self.flat.detach()[sight.piece.at : sight.piece.at + sight.piece.numel]
-            if norm == 0:
-                generator = tools.generator(sight.piece.number, weight, group)
-                apply_dense(weight, None, 0.0, tools.decay, generator if group["stochastic_rounding"] else None)
-            elif math.isfinite(norm):
-                _apply(weight, sight, _PieceState(state, sight.piece), group, tools)
-        return sum(not math.isfinite(norm) for norm in norms)
+        if self.group["rank"] is not None:
+            rank = self.group["rank"]
+            raise ValueError(f"rank must be None under DeepSpeed, which cuts matrices into pieces, got {rank}")
+        state, flat = held(), self.param.detach()
+        views: list[View] = []
+        for piece in self.pieces:
+            own, prefix = slice(piece.at, piece.at + piece.numel), f"{piece.number}."
+            part = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            tools = lend(piece.number, self.param, self.group)
+            views.append(PieceView(piece, flat[own], gradient[own].float(), part, self.group, tools))
+        return views
 
-    def _look(self, piece: Piece, gradient: Tensor, group: Mapping[str, Any]) -> _Sight:
-        """Take the sums of squares of a piece's gradient."""
-        part = gradient[piece.at : piece.at + piece.numel].float()
-        layout = tensor_layout(piece.shape, group)
-        sums = part.new_zeros(_sums_size(layout, group))
-        sums[0] = part.square().sum()
-        if layout is None:
-            return _Sight(piece, part, None, None, sums)
-        window = piece.window(layout)
-        if len(sums) > 1:
-            row, col = sums[1:].split([layout.rows, layout.cols])
-            row[window.rows], col[:] = square_sums(window.grid(part), window.layout)
-        return _Sight(piece, part, layout, window, sums)
-
-    def _sum_statistics(self, sights: Sequence[_Sight], group: Mapping[str, Any]) -> None:
+    def measure(self, views: Sequence[PieceView]) -> None:
         """Sum the squares of every shared tensor over the ranks: so R and C are one, and all ranks skip the same."""
-        sizes = {n: _sums_size(tensor_layout(shape, group), group) for n, shape, _ in self._meet()}
-        if not sizes:
-            return
-        buffer = torch.zeros(sum(sizes.values()), dtype=torch.float32, device=self.flat.device)
-        parts = dict(zip(sizes, buffer.split(list(sizes.values())), strict=True))
-        shared = [sight for sight in sights if sight.piece.number in parts]
-        for sight in shared:
-            parts[sight.piece.number].copy_(sight.sums)
-        self._all_reduce(buffer)
-        for sight in shared:
-            sight.sums = parts[sight.piece.number]
+        for view in views:
+            view.look()
+        sizes = {n: sums_size(tensor_layout(shape, self.group), self.group) for n, shape, _ in self._meet()}
+        parts = self._sum_parts(sizes, {view.piece.number: view.sums for view in views})
+        for view in views:
+            view.sums = parts.get(view.piece.number, view.sums)
 
-    def _sum_cut_chunks(self, moving: Sequence[_Sight], group: Mapping[str, Any], projection: Projection) -> None:
+    def sum_totals(self, asked: Asked) -> list[list[Tensor]]:
+        """Sum two numbers of every shared tensor over the ranks."""
+        own = {view.piece.number: sums for view, [sums] in asked.items() if isinstance(view, PieceView)}
+        parts = self._sum_parts({number: 2 for number, *_ in self._meet()}, own)
+        return [[parts.get(number, sums)] for number, sums in own.items()]
+
+    def _sum_parts(self, sizes: Mapping[int, int], own: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Sum numbers of shared tensors over the ranks, given how many each tensor has and what they are here."""
+        if not sizes:
+            return {}
+        buffer = torch.zeros(sum(sizes.values()), dtype=torch.float32, device=self.param.device)
+        parts = dict(zip(sizes, buffer.split(list(sizes.values())), strict=True))
+        for number, part in parts.items():
+            if number in own:
+                part.copy_(own[number])
+        self._all_reduce(buffer)
+        return parts
+
+    def sum_cut_chunks(self, asked: Asked) -> list[list[Tensor]]:
         """Sum the sketches of the chunks that a cut goes through: partial sketches add."""
-        places: list[tuple[int, slice]] = []  # number, chunks of the whole tensor
-        width = 0
-        for number, shape, cuts in self._meet():
-            layout = tensor_layout(shape, group)
-            if layout is None:
-                continue
-            unit = layout.rows_per_chunk * layout.cols
-            width = max(width, min(projection.sketch_size, layout.chunk))
-            units = sorted({cut // unit for cut in cuts if cut % unit})
-            places += [(number, slice(at * layout.pieces, (at + 1) * layout.pieces)) for at in units]
+        views = {view.piece.number: (view, sums) for view, sums in asked.items() if isinstance(view, PieceView)}
+        places = list(self._cut_chunks())  # number, chunks of the whole tensor
         if not places:
-            return
-        kinds = 2 if group["moments"] == "sketched" else 1
+            return list(asked.values())
+        width = max(self._width(shape) for _, shape, _ in self._meet())
+        kinds = 2 if RULES[self.group["moments"]].square is not None else 1
         chunks = [place.stop - place.start for _, place in places]
-        buffer = torch.zeros(kinds, sum(chunks), width, dtype=torch.float32, device=self.flat.device)
-        by_number = {sight.piece.number: sight for sight in moving}
+        buffer = torch.zeros(kinds, sum(chunks), width, dtype=torch.float32, device=self.param.device)
         cut: list[tuple[Tensor, Tensor]] = []  # own sketches, their place in the buffer
         for (number, place), part in zip(places, buffer.split(chunks, dim=1), strict=True):
-            sight = by_number.get(number)
-            window = None if sight is None else sight.seen()[1]
-            if sight is None or window is None or not window.chunks.start <= place.start < window.chunks.stop:
+            if number not in views:
                 continue
-            here = slice(place.start - window.chunks.start, place.stop - window.chunks.start)
-            for sketches, kind in zip((sight.p, sight.q), part, strict=False):
-                assert sketches is not None  # q only where there are two kinds
-                cut.append((sketches[here], kind[:, : sketches.shape[1]]))
+            view, sketches = views[number]
+            assert view.window is not None
+            seen = view.window.chunks
+            if seen.start <= place.start < seen.stop:
+                here = slice(place.start - seen.start, place.stop - seen.start)
+                cut += [(own[here], kind[:, : own.shape[1]]) for own, kind in zip(sketches, part, strict=True)]
         for own, there in cut:
             there.copy_(own)
         self._all_reduce(buffer)
         for own, there in cut:
             own.copy_(there)
+        return list(asked.values())
+
+    def _cut_chunks(self) -> Iterator[tuple[int, slice]]:
+        for number, shape, cuts in self._meet():
+            layout = tensor_layout(shape, self.group)
+            if layout is not None:
+                unit = layout.rows_per_chunk * layout.cols
+                for at in sorted({cut // unit for cut in cuts if cut % unit}):
+                    yield number, slice(at * layout.pieces, (at + 1) * layout.pieces)
+
+    def _width(self, shape: Sequence[int]) -> int:
+        layout = tensor_layout(shape, self.group)
+        return 0 if layout is None else min(self.group["sketch_size"], layout.chunk)
+
+    def round(self, number: int, asked: Asked) -> Sum | None:
+        """Return what every rank sums in a round of an update, whether it holds a piece that moves or not."""
+        sums: list[Sum] = [self.sum_cut_chunks] if self.group["sketch_size"] else []
+        if sums and RULES[self.group["moments"]].square is not None:
+            sums.append(self.sum_totals)
+        return sums[number] if number < len(sums) else None
 
     def _meet(self) -> list[tuple[int, tuple[int, ...], list[int]]]:
         """Learn, once, which tensors lie on several ranks: number, shape and cuts."""
@@ -329,9 +280,105 @@ class Partition:
             dist.all_reduce(buffer, group=self.process_group)
 
 
-def on_cpu(name: str) -> bool:
-    """Whether a state tensor of this name stays on the CPU: counts, and where pieces lie."""
-    return name.rpartition(".")[2] in ("step", SPAN)
+class PieceView(View):
+    """A piece of a tensor on its way through one update: it sees the rows of chunks that it touches."""
+
+    def __init__(
+        self,
+        piece: Piece,
+        weight: Tensor,
+        gradient: Tensor,
+        state: dict[str, Any],
+        group: Mapping[str, Any],
+        tools: Tools,
+    ) -> None:
+        super().__init__(piece, weight, gradient, lambda: state, piece.shape, group, tools)
+        self.piece = piece
+        self.sums: Tensor  # Σg²; then, where R and C are held, the row and the column sums of g² of the whole tensor
+        if self.layout is not None:
+            self.window = self.layout.window(piece.start, piece.stop)
+
+    def look(self) -> None:
+        """Take the sums of squares of this piece's gradient."""
+        self.sums = self.gradient.new_zeros(sums_size(self.layout, self.group))
+        self.sums[0] = self.gradient.square().sum()
+        if self.whitens and self.layout is not None and self.window is not None:
+            row, col = self.sums[1:].split([self.layout.rows, self.layout.cols])
+            row[self.window.rows], col[:] = square_sums(self.grid(), self.seen)
+
+    def norm(self) -> Tensor:
+        """Return ‖g‖ of the whole tensor, known when the statistics are summed."""
+        return self.sums[0].sqrt()
+
+    def statistics(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the means over all rows and columns of the tensor."""
+        assert self.layout is not None
+        row, col = self.sums[1:].split([self.layout.rows, self.layout.cols])
+        return *means(row, col, self.layout), None
+
+    def in_sight(self, whitening: Whitening) -> Whitening:
+        """Return what whitens the rows in sight."""
+        assert self.window is not None
+        return whitening.of(self.window.rows)
+
+    def encode(self, whitening: Whitening | None, squares: bool) -> Summed:
+        """Sparsify and project; of the chunks that a cut goes through the ranks sum the sketches."""
+        p, q = yield from super().encode(whitening, squares)
+        p, *rest = yield [p] if q is None else [p, q]
+        return p, rest[0] if rest else None
+
+    def total(self, v: Tensor, index: Tensor) -> Any:
+        """Sum v over the tensor, each chunk counted by the piece that holds its first entry."""
+        assert self.window is not None
+        first = self.seen.flat_index(torch.zeros_like(index[:, :1])) >= self.window.offset
+        lengths = self.seen.lengths(index.device)
+        real = first if lengths is None else first & (index < lengths[:, None])
+        [sums] = yield [torch.stack([(v * first).sum(), real.expand_as(index).sum()])]
+        return sums.unbind()
+
+    def apply(self, index: Tensor, value: Tensor, rates: Rates) -> None:
+        """Move this piece's entries among those that an update names."""
+        assert self.window is not None
+        self.apply_own(index, value, self.seen, self.window.offset, rates)
+
+
+class Harness:
+    """DeepSpeed's ZeRO: knows a partition, and has its pieces updated side by side on all ranks.
+
+    Args:
+        given: the tensors that the optimizer was made with.
+    """
+
+    def __init__(self, given: Given) -> None:
+        self._given = given
+        self.partitions: dict[Tensor, Partition] = {}
+
+    def home(self, number: int, param: Tensor, group: dict[str, Any], name: str) -> Home | None:
+        """Return the pieces of what DeepSpeed has put in the place of tensors, or None where it is no partition."""
+        if param not in self.partitions:
+            if id(param) in self._given.ids or (found := find_pieces(param, self._given.tensors())) is None:
+                return None
+            self.partitions[param] = Partition(number, param, group, *found)
+        self.partitions[param].group = group
+        return self.partitions[param]
+
+    def measure(self, work: Sequence[tuple[Home, list[View]]]) -> None:
+        """Sum the statistics of each partition over the ranks."""
+        for home, views in work:
+            assert isinstance(home, Partition)
+            home.measure([view for view in views if isinstance(view, PieceView)])
+
+    def run(self, work: Sequence[tuple[Home, Mapping[View, Update]]]) -> dict[View, Recovered | None]:
+        """Run the updates of each partition's pieces side by side."""
+        found: dict[View, Recovered | None] = {}
+        for home, updates in work:
+            assert isinstance(home, Partition)
+            found |= side_by_side(updates, home.round)
+        return found
+
+    def held_tensors(self) -> list[Tensor]:
+        """List the partitions."""
+        return list(self.partitions)
 
 
 def piece_schema(piece: Piece, group: Mapping[str, Any]) -> Schema:
@@ -341,73 +388,18 @@ def piece_schema(piece: Piece, group: Mapping[str, Any]) -> Schema:
     for name, (shape, dtype) in held.items():
         if layout is None:
             schema[name] = (shape if name == "step" else (piece.numel,), dtype)
-        elif name.endswith("_absmax"):
+        elif name.endswith(SCALES):
             continue  # follows its sketch
-        elif "sketch" not in name:
+        elif name not in MOMENTS:
             schema[name] = ((math.prod(shape),) if shape else (), dtype)
         else:
-            chunks = piece.window(layout).layout.chunks
+            chunks, storage = layout.window(piece.start, piece.stop).layout.chunks, DTYPES[group["state_dtype"]]
             schema[name] = ((chunks, shape[-1]), dtype)
-            if name + "_absmax" in held:
-                schema[name + "_absmax"] = ((math.ceil(chunks * shape[-1] / QUANTIZED_BLOCK),), torch.float32)
+            if storage.block:
+                schema[name + SCALES] = ((math.ceil(chunks * shape[-1] / storage.block),), torch.float32)
     return schema
 
 
-def _sums_size(layout: Layout | None, group: Mapping[str, Any]) -> int:
-    return 1 + (0 if layout is None or group["moments"] not in moments.FACTORED else layout.rows + layout.cols)
-
-
-def _advance(sight: _Sight, state: dict[str, Any], group: Mapping[str, Any], tools: Tools) -> None:
-    """Count an update, move R and C, and sketch the gradient."""
-    state["step"] += 1
-    if sight.layout is None:
-        return
-    layout, window = sight.seen()
-    if group["moments"] in moments.FACTORED:
-        row, col = sight.sums[1:].split([layout.rows, layout.cols])
-        row, col = means(row, col, layout)
-        a, b, busy = whiten_by(state, row, col, group["betas"][1], int(state["step"]))
-        sight.whitening = Whitening(a[window.rows], b, None if busy is None else busy[window.rows])
-    if tools.projection is not None:
-        grid = window.grid(sight.gradient)
-        sight.p, sight.q = encode(grid, window.layout, sight.whitening, tools.projection, group)
-
-
-def _apply(weight: Tensor, sight: _Sight, state: dict[str, Any], group: Mapping[str, Any], tools: Tools) -> None:
-    """Move the weights of a piece."""
-    generator = tools.generator(sight.piece.number, weight, group)
-    rounding = generator if group["stochastic_rounding"] else None
-    if sight.layout is None:
-        update = adamw_update(sight.gradient, state, group["betas"], group["eps"])
-        apply_dense(weight, update, tools.lr, tools.decay, rounding)
-        return
-    layout, window = sight.seen()
-    lr = tools.lr * moments.update_scale(layout.numel, layout.chunks, layout.chunk, group)
-    if group["recovered"] is None:
-        assert sight.whitening is not None  # without a sketch the rule is a factored one
-        grid, at = window.grid(sight.gradient), window.offset
-        apply_whitened(weight, grid, window.layout, sight.whitening, group["eps"], lr, tools.decay, rounding, at)
-        return
-    if tools.projection is None:
-        grid = window.grid(sight.gradient)
-        found = Update(*select(grid, window.layout, sight.whitening, group["recovered"], group["eps"]), None)
-    else:
-        assert sight.p is not None  # encoded
-        found = sketched_update(sight.p, sight.q, state, window.layout, tools.projection, group, generator)
-    position, value = entries(window.layout, found)
-    position -= window.offset
-    own = (position >= 0) & (position < weight.numel())
-    apply_entries(weight, position[own], value[own], lr, tools.decay, rounding)
-    tools.probe(sight.piece, window.layout, tools.projection, group, found)
-
-
-class _PieceState(dict[str, Any]):
-    """The state of one piece, inside that of its partition."""
-
-    def __init__(self, state: dict[str, Any], piece: Piece) -> None:
-        self._state, self._prefix = state, f"{piece.number}."
-        super().__init__((n.removeprefix(self._prefix), v) for n, v in state.items() if n.startswith(self._prefix))
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        super().__setitem__(name, value)
-        self._state[self._prefix + name] = value
+def sums_size(layout: Layout | None, group: Mapping[str, Any]) -> int:
+    """Count the numbers of a tensor that ranks sum before its update."""
+    return 1 + (0 if layout is None or not RULES[group["moments"]].whitens else layout.rows + layout.cols)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sgc.parallel.zero import SPAN, Piece, piece_schema
-from sgc.state import read_held, tensor_layout, write_held
+from sgc.state import MOMENTS, SCALES, new_state, read_held, tensor_layout, write_held
 
 FLAT = {True: "fp32_flat_groups", False: "single_partition_of_fp32_groups"}  # in a file, by whether it is of ZeRO-3
 OPTIMIZER = {True: "optimizer_state_dict", False: "base_optimizer_state"}
@@ -164,14 +164,14 @@ def _assemble(held: list[dict[str, Any]], parts: list[Tensor], group: Mapping[st
         state = {n.partition(".")[2]: v for n, v in held[rank].items() if n.startswith(f"{piece.number}.")}
         layout = tensor_layout(piece.shape, group)
         for name, value in state.items():
-            if name == SPAN or name.endswith("_absmax"):
+            if name == SPAN or name.endswith(SCALES):
                 continue
             if layout is None and value.dim():
                 place, entries = slice(piece.start, piece.stop), math.prod(piece.shape)
                 whole.state.setdefault(name, value.new_zeros(entries))[place] = value
-            elif layout is not None and "sketch" in name:
-                value = read_held(state, name) if value.dtype is torch.uint8 else value
-                place = piece.window(layout).chunks
+            elif layout is not None and name in MOMENTS:
+                value = read_held(state, name) if name + SCALES in state else value
+                place = layout.window(piece.start, piece.stop).chunks
                 whole.state.setdefault(name, value.new_zeros(layout.chunks, value.shape[1]))[place] = value
             else:
                 whole.state[name] = value
@@ -207,18 +207,18 @@ def _cut(
 
 
 def _piece_state(whole: Mapping[int, _Whole], piece: Piece, group: Mapping[str, Any]) -> dict[str, Any]:
-    layout = tensor_layout(piece.shape, group)
-    state: dict[str, Any] = {SPAN: torch.tensor(piece.span)}
+    layout, schema = tensor_layout(piece.shape, group), piece_schema(piece, group)
+    state: dict[str, Any] = dict(new_state(schema, torch.device("cpu")))
+    state[SPAN].copy_(torch.tensor(piece.span))
     for name, value in whole[piece.number].state.items():
         if layout is None and value.dim():
-            state[name] = value[piece.start : piece.stop].clone()
-        elif layout is not None and "sketch" in name:
-            own = value[piece.window(layout).chunks].clone()
-            if group["state_dtype"] == "int8":
-                write_held(state, name, own, None)
+            state[name].copy_(value[piece.start : piece.stop])
+        elif layout is not None and name in MOMENTS:
+            own = value[layout.window(piece.start, piece.stop).chunks]
+            if name + SCALES in state:
+                write_held(state, name, own.contiguous(), None)
             else:
-                state[name] = own
+                state[name].copy_(own)
         else:
-            state[name] = value.clone()
-    schema = piece_schema(piece, group)
-    return {name: state[name].reshape(shape) for name, (shape, _) in schema.items()}
+            state[name].copy_(value.view_as(state[name]))
+    return state

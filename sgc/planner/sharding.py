@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from sgc.optimizer import SGC
-from sgc.parallel import fsdp2
+from sgc.parallel.fsdp2 import local_schema
 from sgc.parallel.zero import Piece, piece_schema
 from sgc.planner.models import PlanError, is_size
 from sgc.planner.optimizers import FP32, Contender
@@ -164,9 +163,7 @@ def _shard_bytes(infos: Sequence[Info], group: Any, world_size: int) -> int:
     total = 0
     for info in infos:
         rows = info.shape[0] if info.shape else 1
-        shard = fsdp2.Shard(None, 0 if info.shape else None, 0, math.ceil(rows / world_size))
-        shaped: Any = SimpleNamespace(shape=info.shape)  # of a DTensor only its shape is asked
-        total += fsdp2.local_bytes(shaped, group, shard)
+        total += schema_bytes(local_schema(info.shape, group, math.ceil(rows / world_size)))
     return total
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sgc import Codec
-from sgc.codec import place
+from sgc.codec.layout import make_layout
 from sgc.codec.recover import METHODS
 from tests.tolerances import RIDGE_VALUE, SUM
 from tests.twin import lay_out, sign_matrix
@@ -131,10 +131,9 @@ def test_rows_are_encoded_each_as_a_vector_of_its_own(number, d, chunk_size, k, 
     assert [int((rest[0, chunk] == 0).sum()) for chunk in chunks] == [min(s, len(chunk)) for chunk in chunks]
 
 
-def test_placing_leaves_out_what_fell_on_padding():
-    flat = torch.zeros(5)
-    index, position = torch.tensor([[0, 2], [1, 2]]), torch.tensor([[0, 2], [4, 5]])
-    place(flat, position, torch.tensor([[1.0, 2.0], [3.0, 4.0]]), index, torch.tensor([3, 2]))
+def test_scattering_leaves_out_what_fell_on_padding():
+    layout = make_layout((5,), 3)
+    flat = layout.scatter(torch.tensor([[0, 2], [1, 2]]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     assert flat.tolist() == [1.0, 0.0, 2.0, 0.0, 3.0]
 
 

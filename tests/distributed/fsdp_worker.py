@@ -26,8 +26,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import Placement
 
-from sgc import SGC, moments, step
-from sgc.state import tensor_layout
+from sgc import SGC
+from sgc.codec.encode import encode
+from sgc.step import finish, update
+from sgc.views import View
 from tests.distributed.fsdp_on_cpu import pretend
 
 WORLD = 2
@@ -161,7 +163,7 @@ def agree(shapes, steps=6, dtype="float32", mesh=None, compute=None, **options):
     moved, goal = changes(model, shapes, dtype), changes(one, shapes, dtype)
     off = [(a - b).abs() > 1e-3 * b.abs().max() for a, b in zip(moved, goal, strict=True)]
     names = {name for held in wanted for name in held} - {"step"}
-    held = sum(t.numel() * t.element_size() for t in [*optimizer._supports.values(), *optimizer._probes])
+    held = sum(t.numel() * t.element_size() for t in optimizer._probes.tensors())
     held += sum(projection.bytes() for projection in optimizer._projections.values())
     return {
         "weights": gap(moved, goal),
@@ -192,22 +194,27 @@ def cut_sketches(shape, sparsity, **options):
     reference = optimizer_of(one, **options)
     one([0, 1]).backward()
     (param,), group = one.parameters(), reference.param_groups[0]
-    state = reference._state_of(param, group)
-    state["step"] += 1
-    layout, projection = tensor_layout(shape, group), reference._projection(group)
-    grid = layout.grid(param.grad)
-    whitening = step.whiten_by(state, *step.mean_squares(grid, layout), group["betas"][1], 1)
     boundary = math.ceil(shape[0] / WORLD) * (param.numel() // shape[0])
     halves = [param.grad.clone().view(-1) for _ in range(WORLD)]
     halves[0][boundary:], halves[1][:boundary] = 0, 0
-    p, _ = zip(*(step.encode(layout.grid(h), layout, whitening, projection, group) for h in halves), strict=True)
-    together, _ = step.encode(grid, layout, whitening, projection, group)
-    update = step.sketched_update(sum(p), None, state, layout, projection, group, None)
-    scale = moments.update_scale(param.numel(), layout.chunks, layout.chunk, group)
-    step.apply_sparse(param.detach(), layout, update, 1e-2 * scale, 0.0, None)
+    sketches = {}
+
+    class Cut(View):
+        def encode(self, whitening, squares):
+            arguments = self.seen, self.projection, sparsity, whitening
+            sketches["parts"] = sum(encode(self.seen.grid(half), *arguments)[0] for half in halves)
+            sketches["together"] = encode(self.grid(), *arguments)[0]
+            return sketches["parts"], None
+            yield []
+
+    state, lent = reference._state_of(param, group), reference._lend(0, param, group)
+    view = Cut(param, param.detach(), param.grad, lambda: state, tuple(shape), group, lent)
+    finish(update(view, reference._next_rates(view)))
     return {
         "weights": gap(changes(model, [shape]), changes(one, [shape])),
-        "chunks that another top would give": int(((sum(p) - together).abs().amax(1) > 1e-5).sum()),
+        "chunks that another top would give": int(
+            ((sketches["parts"] - sketches["together"]).abs().amax(1) > 1e-5).sum()
+        ),
     }
 
 

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from sgc import step
+from sgc.apply import apply_entries
 from sgc.backends.triton import decode as kernel
 from sgc.codec.layout import make_layout
 from sgc.codec.project import Projection
-from sgc.codec.recover import RIDGE, recover
+from sgc.codec.recover import pursue
+from sgc.constants import RIDGE
+from sgc.step import Recovered
 from tests.kernels.sketch_cases import SHAPES
 from tests.tolerances import CORRELATION, EPS, EPS_BF16, SIGMAS, SUM
 
@@ -113,7 +115,7 @@ def test_equal_columns_share_what_they_explain(sketch_size, device):
 def test_agrees_with_torch_where_no_two_correlations_tie(device):
     layout, projection = make_layout((16, 128), 128), Projection(48, seed=2)
     y = sketches_of(layout, 48, 3, device)
-    index, value = recover(y, 128, projection, 4, "threshold")
+    index, value = pursue(y, 128, projection, 4, "threshold")
     got_index, got_value = kernel.decode(y, layout, projection, 4)
     busy = y.any(1)
     assert torch.equal(got_index[busy], index[busy])
@@ -170,7 +172,7 @@ def update_of(layout, count, device, seed=0):
     generator = torch.Generator().manual_seed(seed)
     index = torch.stack([torch.randperm(layout.chunk, generator=generator)[:count] for _ in range(layout.chunks)])
     value = torch.randn(index.shape, generator=generator)
-    return step.Update(index.sort(1).values.to(device), value.to(device), None)
+    return Recovered(index.sort(1).values.to(device), value.to(device), None)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -181,7 +183,7 @@ def test_moves_the_weights_that_torch_moves(shape, dtype, decay, device):
     update = update_of(layout, min(5, layout.chunk), device)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device=device, dtype=dtype)
     expected = weight.clone()
-    step.apply_entries(expected, *step.entries(layout, update), 0.3, decay, None)
+    apply_entries(expected, *layout.entries(update.index, update.value), 0.3, decay, None)
     before = weight.clone()
     kernel.apply(weight, layout, update.index, update.value, 0.3, decay, None)
     unit = {torch.float32: 2 * EPS, torch.bfloat16: EPS_BF16, torch.float16: 2.0**-10}[dtype]
@@ -189,7 +191,7 @@ def test_moves_the_weights_that_torch_moves(shape, dtype, decay, device):
     assert (weight == expected).float().mean() > 0.9, "rounded another way where fp32 lies between two numbers only"
     if not decay:
         moved = torch.zeros(layout.numel, dtype=torch.bool, device=device)
-        moved[step.entries(layout, update)[0]] = True
+        moved[layout.entries(update.index, update.value)[0]] = True
         assert torch.equal(weight.view(-1)[~moved], before.view(-1)[~moved])
 
 
@@ -218,7 +220,7 @@ def test_rounds_at_random_to_the_mean(decay, device):
 def test_what_decays_is_rounded_at_random_too(device):
     layout = make_layout((64, 256), 256)
     weight = torch.ones(64, 256, dtype=torch.bfloat16, device=device)
-    nothing = step.Update(torch.zeros(64, 1, dtype=torch.int64, device=device), torch.zeros(64, 1, device=device), None)
+    nothing = Recovered(torch.zeros(64, 1, dtype=torch.int64, device=device), torch.zeros(64, 1, device=device), None)
     kernel.apply(weight, layout, nothing.index, nothing.value, 1.0, 2.0**-10, 5)
     share = (weight < 1).float().mean().item()
     target = 2.0**-10 / (EPS_BF16 / 2)  # below 1 the unit is half as large

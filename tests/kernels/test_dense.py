@@ -13,10 +13,13 @@ import triton
 from triton import language as tl
 
 from sgc import SGC
+from sgc.apply import apply_whitened
 from sgc.backends.triton import batch, dense
+from sgc.codec.encode import Whitening
 from sgc.codec.layout import make_layout
 from sgc.codec.project import mix
-from sgc.step import Whitening, apply_whitened, square_sums
+from sgc.constants import CLIP
+from sgc.whiten import square_sums
 from tests.tolerances import EPS, SIGMAS, SUM
 
 # A matrix of several tiles, a narrow one, one of odd width, a ragged vector, a stack of experts, and two kept dense.
@@ -180,13 +183,13 @@ def test_a_shard_moves_as_in_torch(rows, cols, offset, missing, dtype, device, m
     layout, grid = make_layout((rows, cols), 256), torch.randn(rows, cols, device=device).to(dtype)
     grid[3:5] = 0
     a, b = torch.rand(rows, device=device) + 0.1, torch.rand(cols, device=device) + 0.1
-    whitening = Whitening(a, b, grid.any(1))
+    whitening = Whitening(a, b, grid.any(1), 1e-8, CLIP)
     before = torch.randn(rows * cols - offset - missing, device=device).to(dtype)
     moved = []
     for path in ("triton", "torch"):
         monkeypatch.setenv("SGC_KERNELS", path)
         moved.append(before.clone())
-        apply_whitened(moved[-1], grid, layout, whitening, 1e-8, 0.1, 0.01, None, offset)
+        apply_whitened(moved[-1], grid, layout, whitening, 0.1, 0.01, None, offset)
     error = STEP if dtype is torch.float32 else torch.finfo(dtype).eps
     torch.testing.assert_close(*moved, rtol=error, atol=error)
     assert (moved[0] != before).float().mean() > 0.5

@@ -7,10 +7,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from sgc import moments, step
 from sgc.backends.triton import encode as kernel
+from sgc.codec.encode import Whitening, encode, select
 from sgc.codec.layout import make_layout
 from sgc.codec.project import Projection
+from sgc.constants import CLIP
+from sgc.moments import ema
+from sgc.whiten import mean_squares, whiten
 from tests.kernels.sketch_cases import SHAPES
 from tests.tolerances import SUM
 
@@ -30,26 +33,25 @@ def gradient_of(shape, dtype, seed, device, levels=None):
     return g.to(device=device, dtype=dtype)
 
 
-def whitening_of(grid, layout, seed=0):
+def whitening_of(grid, layout, eps):
     state = {"row": torch.zeros(layout.rows, device=grid.device), "col": torch.zeros(layout.cols, device=grid.device)}
-    return step.whiten_by(state, *step.mean_squares(grid, layout), beta2=0.99, t=1)
+    return whiten(state, *mean_squares(grid, layout), 0.99, eps, 1)
 
 
-def check(shape, dtype, chunk_size, sketch_size, sparsity, device, whiten=True, levels=None, seed=0, eps=1e-3):
+def check(shape, dtype, chunk_size, sketch_size, sparsity, device, whitens=True, levels=None, seed=0, eps=1e-3):
     """Compare choices, values and sketches; whether there was anything to compare."""
     layout, projection = make_layout(shape, chunk_size), Projection(sketch_size, seed=5)
     grid = layout.grid(gradient_of(shape, dtype, seed, device, levels))
     if kernel.obstacle(layout, dtype, sparsity, projection) is not None:
         return False
-    whitening = whitening_of(grid, layout) if whiten and grid.any() else None
-    expected = step.select(grid, layout, whitening, sparsity, eps)
-    index, value = kernel.select(grid, layout, whitening, sparsity, eps)
+    whitening = whitening_of(grid, layout, eps) if whitens and grid.any() else None
+    expected, factors = select(grid, layout, whitening, sparsity), whitening and whitening[:3]
+    index, value = kernel.select(grid, layout, factors, sparsity, eps)
     assert torch.equal(index, expected[0])
     assert torch.equal(value, expected[1])
 
-    group = {"moments": "sketched", "sparsity": sparsity, "eps": eps}
-    p, q = step.encode(grid, layout, whitening, projection, group)
-    got_p, got_q = kernel.encode(grid, layout, whitening, projection, sparsity, eps, squares=True)
+    p, q = encode(grid, layout, projection, sparsity, whitening, squares=True)
+    got_p, got_q = kernel.encode(grid, layout, factors, projection, sparsity, eps, squares=True)
     assert_close(got_p, p, expected[1])
     assert_close(got_q, q, expected[1].square())
     return True
@@ -72,8 +74,8 @@ def test_agrees_with_torch_on_every_shape_and_dtype(shape, dtype, whiten, device
 @pytest.mark.parametrize("chunk_size", [48, 128])
 def test_agrees_with_torch_where_entries_tie(chunk_size, sparsity, device):
     for levels in (1, 3):
-        for whiten in (False, True):
-            assert check((3, 192), torch.bfloat16, chunk_size, 33, sparsity, device, whiten, levels)
+        for whitens in (False, True):
+            assert check((3, 192), torch.bfloat16, chunk_size, 33, sparsity, device, whitens, levels)
 
 
 def test_entries_that_whitening_makes_all_but_equal_are_told_apart(device):
@@ -83,10 +85,10 @@ def test_entries_that_whitening_makes_all_but_equal_are_told_apart(device):
     grid = (torch.outer(a, b) + 1e-3) * 2
     units = torch.randint(-3, 4, grid.shape, generator=generator, dtype=torch.int32).to(device)
     grid = (grid.view(torch.int32) + units).view(torch.float32)
-    whitening = step.Whitening(a, b, None)
-    index, value = step.select(grid, layout, whitening, 5, 1e-3)
+    whitening = Whitening(a, b, None, 1e-3, CLIP)
+    index, value = select(grid, layout, whitening, 5)
     assert (value.amax() - value.amin()) < 1e-5
-    got_index, got_value = kernel.select(grid, layout, whitening, 5, 1e-3)
+    got_index, got_value = kernel.select(grid, layout, whitening[:3], 5, 1e-3)
     assert torch.equal(got_index, index)
     assert torch.equal(got_value, value)
 
@@ -95,9 +97,9 @@ def test_rows_whose_squares_vanish_are_left_out(device):
     layout = make_layout((4, 64), 64)
     grid = gradient_of((4, 64), torch.float32, 0, device)
     grid[2] = 1e-25
-    whitening = whitening_of(grid, layout)
-    index, value = kernel.select(grid, layout, whitening, 5, 0.0)
-    expected = step.select(grid, layout, whitening, 5, 0.0)
+    whitening = whitening_of(grid, layout, 0.0)
+    index, value = kernel.select(grid, layout, whitening[:3], 5, 0.0)
+    expected = select(grid, layout, whitening, 5)
     assert torch.equal(index, expected[0])
     assert torch.equal(value, expected[1])
     assert not value[2].any()
@@ -131,15 +133,15 @@ def test_agrees_with_torch_at_the_sizes_in_use(chunk_size, sketch_size, sparsity
 def test_moves_the_moment_in_the_same_pass(rule, device):
     layout, projection = make_layout((9, 96), 48), Projection(20, seed=1)
     grid = gradient_of((9, 96), torch.float32, 0, device)
-    whitening = whitening_of(grid, layout)
-    p, _ = step.encode(grid, layout, whitening, projection, {"moments": "residual", "sparsity": 4, "eps": 1e-8})
+    whitening = whitening_of(grid, layout, 1e-8)
+    p, _ = encode(grid, layout, projection, 4, whitening)
     moment = torch.randn(p.shape, generator=torch.Generator().manual_seed(0)).to(device)
     expected = moment.clone()
     if rule == "residual":
-        moments.residual(expected, p, 0.9)
+        expected.mul_(0.9).add_(p)
     else:
-        moments.ema(expected, p, 0.9)
-    got, _ = kernel.encode(grid, layout, whitening, projection, 4, 1e-8, into=kernel.Into(moment, rule, 0.9))
+        ema(expected, p, 0.9)
+    got, _ = kernel.encode(grid, layout, whitening[:3], projection, 4, 1e-8, into=kernel.Into(moment, rule, 0.9))
     assert got.data_ptr() == moment.data_ptr()
     assert (got - expected).abs().max() <= SUM * expected.abs().max()
 

@@ -7,10 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from sgc import SGC, backends, step
-from sgc import optimizer as of_many
-from sgc.backends import fused
-from sgc.backends.triton import batch
+from sgc import SGC, backends, batches, step
+from sgc.backends.triton import batch, stages
 from tests.tolerances import EPS_BF16, MARGIN, TWIN
 
 STEPS = 4
@@ -27,7 +25,7 @@ OPTIONS = {
     "seed": 3,
     "stochastic_rounding": False,
 }
-STAGES = ("encode", "encode_into", "select", "decode", "apply", "square_sums")
+STAGES = ("encode", "select", "recover", "apply_sparse", "square_sums")
 SPOILED = {1: float("nan"), 3: float("inf")}  # the first entry of the gradient of these steps; that of step 2 is zero
 SHAPES = {
     "several chunks a row": (12, 96),
@@ -49,22 +47,21 @@ def steps(
     """
     monkeypatch.setenv(backends.VARIABLE, path)
     taken, gaps = set(), [1.0]
-    recover = step._recover_busy
+    recover = step.recover
 
-    def measured(target, layout, projection, group, *rest, **take):
+    def measured(target, layout, projection, last, *method, **take):
         if projection.sketch_size < layout.chunk:
             size = projection.correlate(target, layout.chunk).abs().sort(1, descending=True).values
-            last = group["recovered"]
             gap = (size[:, last - 1] - size[:, last]) / size[:, 0]
             gaps.append(gap.nan_to_num(1).min().item())
-        return recover(target, layout, projection, group, *rest, **take)
+        return recover(target, layout, projection, last, *method, **take)
 
-    monkeypatch.setattr(step, "_recover_busy", measured)
+    monkeypatch.setattr(step, "recover", measured)
     if not batched:
-        monkeypatch.setattr(of_many, "_batched", lambda group: False)
+        monkeypatch.setattr(batches, "_moves_in_place", lambda view: False)
     monkeypatch.setattr(batch, "move_sparsely", noting(batch.move_sparsely, "batch", taken))
     for stage in STAGES:
-        monkeypatch.setattr(fused, stage, noting(getattr(fused, stage), stage, taken))
+        monkeypatch.setattr(stages, stage, noting(getattr(stages, stage), stage, taken))
     generator = torch.Generator().manual_seed(data)
     layer = torch.nn.Module()
     layer.weight = torch.nn.Parameter((torch.randn(shape, generator=generator) * 0.1).to(device, dtype))
@@ -92,7 +89,7 @@ def steps(
 def noting(stage, name, taken):
     def noted(*args, **kwargs):
         made = stage(*args, **kwargs)
-        if name == "batch" or (made is not None and made is not False):
+        if made is not NotImplemented:
             taken.add(name)
         return made
 
@@ -129,13 +126,13 @@ def test_a_batch_makes_the_steps_of_torch(shape, device, monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("rule", ["residual", "whitened"])
 def test_kernels_make_the_steps_of_torch_where_the_gradient_is_whitened(rule, shape, device, monkeypatch):
-    check(shape, device, monkeypatch, "square_sums encode_into decode apply", moments=rule, batched=False)
+    check(shape, device, monkeypatch, "square_sums encode recover apply_sparse", moments=rule, batched=False)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("rule", ["subspace", "sketched"])
 def test_kernels_make_the_steps_of_torch_where_it_is_not(rule, shape, device, monkeypatch):
-    check(shape, device, monkeypatch, "encode decode apply", moments=rule)
+    check(shape, device, monkeypatch, "encode recover apply_sparse", moments=rule)
 
 
 def test_kernels_make_the_steps_of_torch_on_bf16(device, monkeypatch):
@@ -145,7 +142,7 @@ def test_kernels_make_the_steps_of_torch_on_bf16(device, monkeypatch):
 def test_kernels_make_the_steps_of_torch_where_rows_have_no_gradient(device, monkeypatch):
     """With a larger eps than elsewhere: a row that is seen for the first time is large, and would be clipped."""
     check((12, 96), device, monkeypatch, "batch", seen=True, eps=1.0)
-    expected = "square_sums encode_into decode apply"
+    expected = "square_sums encode recover apply_sparse"
     check((12, 96), device, monkeypatch, expected, seen=True, eps=1.0, batched=False)
 
 
@@ -176,32 +173,32 @@ def test_kernels_make_the_steps_of_torch_without_weight_decay(device, monkeypatc
 
 def test_kernels_make_the_steps_of_torch_on_sketches_in_bf16(device, monkeypatch):
     """Both round with the same random numbers, but a last bit may decide which way: so one step."""
-    expected = "square_sums encode_into decode apply"
+    expected = "square_sums encode recover apply_sparse"
     check((12, 96), device, monkeypatch, expected, count=1, state_dtype=torch.bfloat16)
 
 
 def test_kernels_make_the_steps_of_torch_without_a_sketch(device, monkeypatch):
     check((12, 96), device, monkeypatch, "batch", sketch_size=0)
     check((12, 96), device, monkeypatch, "batch", sketch_size=0, recovered=2)
-    check((12, 96), device, monkeypatch, "square_sums select apply", sketch_size=0, batched=False)
+    check((12, 96), device, monkeypatch, "square_sums select apply_sparse", sketch_size=0, batched=False)
 
 
 def test_kernels_make_the_steps_of_torch_with_compressed_gradients(device, monkeypatch):
-    expected = "square_sums encode decode apply"
+    expected = "square_sums encode recover apply_sparse"
     check((12, 96), device, monkeypatch, expected, attach=True)
 
 
 def test_recovery_in_several_passes_takes_torch_and_the_rest_its_kernels(device, monkeypatch):
-    check((12, 96), device, monkeypatch, "square_sums encode_into apply", recovery="omp")
+    check((12, 96), device, monkeypatch, "square_sums encode apply_sparse", recovery="omp")
 
 
 def test_a_chunk_no_longer_than_its_sketch_takes_torch(device, monkeypatch):
-    check((12, 96), device, monkeypatch, "square_sums apply", sketch_size=48, sparsity=4)
+    check((12, 96), device, monkeypatch, "square_sums apply_sparse", sketch_size=48, sparsity=4)
 
 
 def test_says_once_why_a_stage_takes_torch(device, monkeypatch):
     monkeypatch.setenv(backends.VARIABLE, "triton")
     backends._warn_once.cache_clear()
-    with pytest.warns(UserWarning, match="decode takes the plain torch path.*omp"):
+    with pytest.warns(UserWarning, match="recover takes the plain torch path.*omp"):
         steps("triton", (12, 96), torch.float32, device, monkeypatch, recovery="omp")
     steps("triton", (12, 96), torch.float32, device, monkeypatch, recovery="omp")

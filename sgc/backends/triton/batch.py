@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -35,8 +35,10 @@ from sgc.backends.triton.dense import (
     tile_height,
     tile_width,
 )
-from sgc.codec.layout import Layout
-from sgc.codec.project import Projection
+
+if TYPE_CHECKING:
+    from sgc.codec.layout import Layout
+    from sgc.codec.project import Projection
 
 WAVE_ENTRIES = 1 << 30  # of the tensors launched together: their scratch takes 4 bytes for every 85 of them, 50 MB
 MOST_PLANS = 8  # sets of tensors, as experts or adapters make, whose tables are kept

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sgc.codec.layout import Layout
+if TYPE_CHECKING:
+    from sgc.codec.layout import Layout
+
 
 TAKEN = tl.constexpr(-3)  # key of an entry that has been taken
 OUTSIDE = tl.constexpr(-2)  # key of an entry beyond n

@@ -5,6 +5,8 @@ The twins are `sgc.codec.recover.recover` with "threshold" and `sgc.step.apply_s
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -29,9 +31,11 @@ from sgc.backends.triton.chunks import (
     tag_of,
 )
 from sgc.backends.triton.dense import mixed, noise_of
-from sgc.codec.layout import Layout
-from sgc.codec.project import Projection
-from sgc.codec.recover import RIDGE
+from sgc.constants import RIDGE
+
+if TYPE_CHECKING:
+    from sgc.codec.layout import Layout
+    from sgc.codec.project import Projection
 
 MOST_ENTRIES = 2048  # of a chunk: the correlations of 16 chunks are held in registers
 MOST_RECOVERED = 32  # the Gram matrices are held there, too

@@ -22,18 +22,21 @@ what must not move, and ‖g‖ is noted for the host to read later.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sgc import moments
+from sgc import constants
 from sgc.backends.triton.chunks import on_device_of
-from sgc.codec.layout import Layout
 
-CLIP = tl.constexpr(moments.CLIP)
-FLOOR = tl.constexpr(moments.FLOOR)
+if TYPE_CHECKING:
+    from sgc.codec.layout import Layout
+
+CLIP = tl.constexpr(constants.CLIP)
+FLOOR = tl.constexpr(constants.FLOOR)
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -5,7 +5,7 @@ The twins are `sgc.step.encode` and `sgc.step.select`, and for the moments `sgc.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -24,9 +24,11 @@ from sgc.backends.triton.chunks import (
     shape_of,
     tag_of,
 )
-from sgc.codec.layout import Layout
-from sgc.codec.project import Projection
-from sgc.moments import CLIP
+from sgc.constants import CLIP
+
+if TYPE_CHECKING:
+    from sgc.codec.layout import Layout
+    from sgc.codec.project import Projection
 
 MOST_ENTRIES = 4096  # of a chunk: a tile is held in registers
 MOST_SPARSITY = 64  # the rounds of selection are as many
