@@ -27,7 +27,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 import torch
 
-import federated_mnist
+import federated_data
 from benchmarks import harness
 from benchmarks.tasks import SHARED
 from federated import partition
@@ -62,7 +62,7 @@ def training(model: str, kind: type[LocalTraining] = LocalTraining) -> LocalTrai
 @functools.cache
 def data_and_parts(folder: str) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     """Open MNIST and deal it out, once a process."""
-    data = federated_mnist.idx_folder(Path(folder))
+    data = federated_data.idx_folder(Path(folder))
     parts = [torch.from_numpy(part) for part in partition.iid(data.train, DEVICES)]
     return data.columns_of(test=False), parts
 

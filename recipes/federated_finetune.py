@@ -27,7 +27,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import federated_runs
 import text_data
@@ -99,10 +99,8 @@ def open_optimizer(args: argparse.Namespace) -> Any:
     return partial({"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[args.optimizer], lr=args.lr)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Train, with everything written to the output folder; return the exit status."""
-    out = federated_runs.folder_of(args)
-    notes = text_data.Notes()
+def open_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Open the model and its tokenizer, which gets a plain chat template where it has none."""
     trusted = {"trust_remote_code": args.trust_remote_code}
     with opening("the model", args.model_name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, **trusted)
@@ -112,6 +110,14 @@ def run(args: argparse.Namespace) -> int:
         )
     if tokenizer.chat_template is None:
         tokenizer.chat_template = text_data.plain_template(tokenizer)
+    return model, tokenizer
+
+
+def simulation(
+    args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path
+) -> Simulation:
+    """Make the simulation of a run: every device with examples of its own."""
+    notes = text_data.Notes()
     train_rows, test_rows = open_rows(args, notes)
     train, train_rows = examples(train_rows, tokenizer, args.max_length, notes)
     test, _ = examples(test_rows, tokenizer, args.max_length, notes)
@@ -122,13 +128,12 @@ def run(args: argparse.Namespace) -> int:
     else:
         parts = partition.by_column(train_rows, args.split)
     local = LocalTraining(model=model, steps=args.steps, batch_size=args.batch_size, optimizer=open_optimizer(args))
-    uplink = open_uplink(args, local.flat.size)
-    sim = Simulation(
+    return Simulation(
         local,
         train,
         parts,
         test=test,
-        uplink=uplink,
+        uplink=open_uplink(args, local.flat.size),
         asked=args.participants,
         seed=args.seed,
         devices_at_once=args.devices_at_once,
@@ -136,16 +141,25 @@ def run(args: argparse.Namespace) -> int:
         output_dir=out,
         checkpoint_every=args.checkpoint_every,
     )
-    federated_runs.resume(sim, args)
-    size = sim.world.training.flat.size
-    sent = size
-    if isinstance(uplink, SketchedUplink):
-        chunks, each = uplink.sketch_shape(size)
-        sent = chunks * each
-    tqdm.write(
-        f"{len(parts)} devices, {len(train_rows):,} examples, {size:,} parameters; a device sends {sent:,} numbers a "
-        f"round, {sent / size:.3f} of a dense update"
+
+
+def summary(sim: Simulation) -> str:
+    """Return what takes part in a run, and how much a device sends."""
+    world, size = sim.world, sim.world.training.flat.size
+    sent = math.prod(world.uplink.sketch_shape(size)) if isinstance(world.uplink, SketchedUplink) else size
+    return (
+        f"{len(world.parts)} devices, {len(world.data['labels']):,} examples, {size:,} parameters; a device sends "
+        f"{sent:,} numbers a round, {sent / size:.3f} of a dense update"
     )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, with everything written to the output folder; return the exit status."""
+    out = federated_runs.folder_of(args)
+    model, tokenizer = open_model(args)
+    sim = simulation(args, model, tokenizer, out)
+    federated_runs.resume(sim, args)
+    tqdm.write(summary(sim))
     tqdm.write(" round     loss  accuracy of the answers' tokens   NMSE up  channel uses  seconds")
     for row in federated_runs.rounds(sim, args.rounds):
         if row["skipped"]:

@@ -165,7 +165,7 @@ def test_a_plain_file_is_opened_and_a_part_of_it_held_out(ending, tmp_path, caps
 
 def test_texts_are_opened_with_any_classifier(tmp_path, monkeypatch):
     """By column, too: who spoke decides who holds a row."""
-    monkeypatch.setattr(mnist, "MOST_TOKENS", 8)
+    monkeypatch.setattr(sys.modules["federated_data"], "MOST_TOKENS", 8)
     words = ["[PAD]", "[UNK]", "good", "bad", "film", "song"]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
