@@ -98,13 +98,13 @@ def register(name: str, *, downlink: Maker = "ideal", uplink: Maker = "ideal") -
     SCHEMES[name] = (names[0], names[1])
 
 
-def make_downlink(name: str, settings: Mapping[str, Any] | None = None, **known: Any) -> Downlink:
+def make_downlink(name: str, settings: Mapping[str, Any] | None = None, /, **known: Any) -> Downlink:
     """Make a downlink; see `make_uplink`. A run knows channel (a `Channel`) and participants (J)."""
     downlink: Downlink = _made(DOWNLINKS, word("downlink", name, DOWNLINKS), settings or {}, known)
     return downlink
 
 
-def make_uplink(name: str, settings: Mapping[str, Any] | None = None, **known: Any) -> Uplink:
+def make_uplink(name: str, settings: Mapping[str, Any] | None = None, /, **known: Any) -> Uplink:
     """Make an uplink.
 
     Args:

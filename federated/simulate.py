@@ -101,8 +101,8 @@ class Simulation:
         flat = instance("training", training, LocalTraining).flat
         downlink = IdealDownlink() if downlink is None else instance("downlink", downlink, Downlink)
         uplink = IdealUplink() if uplink is None else instance("uplink", uplink, Uplink)
-        theta, self.memories = flat.read(training.model), Memories(self.output_dir, self.memory_limit)
-        theta_hat = self.memories.zeros("theta_hat", downlink.memory_rows(len(parts)), flat.size)
+        theta, self._memories = flat.read(training.model), Memories(self.output_dir, self.memory_limit)
+        theta_hat = self._memories.zeros("theta_hat", downlink.memory_rows(len(parts)), flat.size)
         for row in () if theta_hat is None else theta_hat:  # every device knows where training starts
             row.copy_(theta)
         self.world = World(
@@ -114,7 +114,7 @@ class Simulation:
             parts=tensors,
             draws=Draws((seed,)),
             theta_hat=theta_hat,
-            error=self.memories.zeros("error", uplink.memory_rows(len(parts)), flat.size),
+            error=self._memories.zeros("error", uplink.memory_rows(len(parts)), flat.size),
             asked=asked,
             late=late,
         )
@@ -201,7 +201,7 @@ class Simulation:
             "server": self.world.server.state(),
             "uplink": self.world.uplink.state(),
         }
-        return checkpoint.write(self.output_dir, state, self.memories)
+        return checkpoint.write(self.output_dir, state, self._memories)
 
     def resume(self) -> int:
         """Restore the last checkpoint in `output_dir`; rows of later rounds are taken out of rows.jsonl.
@@ -219,7 +219,7 @@ class Simulation:
         if last is None:
             self.number = 0
         else:
-            state = checkpoint.restore(last, self.world, self.memories)
+            state = checkpoint.restore(last, self.world, self._memories)
             self.number, self.skipped_in_a_row, self.ended = state["round"], state["skipped_in_a_row"], state["ended"]
         checkpoint.keep_rows(self.output_dir / "rows.jsonl", self.number)
         return self.number

@@ -22,6 +22,7 @@ from flwr.app import (
 )
 from flwr.supercore.task_identity import TaskIdentity
 
+from federated.downlink import DownlinkRound, IdealDownlink
 from federated.flower import RadioStrategy, arrays, receive, tensor_of
 from federated.uplink import SketchedUplink
 
@@ -229,6 +230,29 @@ def test_nobody_takes_the_place_of_a_device_that_answers():
     play(grid, strategy)
     grid.nodes[666] = 1
     play(grid, strategy, rounds=3)
+    assert {node for node, kind, _ in grid.asked if kind == MessageType.TRAIN} == {100, 101, 102, 103}
+
+
+def test_a_round_that_serves_nobody_leaves_no_device_silent():
+    """So that every device keeps its node, another that says it is the same notwithstanding."""
+
+    class Sometimes(IdealDownlink):
+        served = True
+
+        def send(self, theta, asked, *rest):
+            return super().send(theta, asked, *rest) if self.served else DownlinkRound(asked[:0])
+
+    grid = Nodes(lambda node, message: reply(message, 1 if node == 666 else node - 100))
+    strategy = RadioStrategy(DEVICES, downlink=Sometimes())
+    play(grid, strategy)
+    grid.nodes[666] = 1
+    strategy.downlink.served = False
+    messages = list(strategy.configure_train(2, ArrayRecord(), ConfigRecord({}), grid))
+    assert messages == []
+    assert strategy.aggregate_train(2, [])[1]["skipped"] == 1
+    strategy.downlink.served = True
+    _, (row,), _ = play(grid, strategy)
+    assert row["participants"] == DEVICES
     assert {node for node, kind, _ in grid.asked if kind == MessageType.TRAIN} == {100, 101, 102, 103}
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from federated.metrics import evaluate, nmse
+from federated.downlink import DownlinkRound, Traffic
+from federated.metrics import Tally, evaluate, nmse
 from tests.federated.small import small_data, small_model
 
 
@@ -41,6 +42,16 @@ def test_a_causal_model_is_judged_by_the_next_token():
     labels = tokens.clone()
     labels[0, 1] = -100
     assert evaluate(Next(), {"input_ids": tokens, "labels": labels})["accuracy"] == 4 / 5
+
+
+def test_a_round_in_which_nothing_is_heard_says_what_became_of_every_device():
+    tally = Tally(3, torch.ones(2))
+    tally.downlink(DownlinkRound(torch.arange(10)))
+    tally.count(torch.ones(2), late=3, dropped=1, failed=2)
+    tally.uplink(Traffic(silent=1), None)
+    sentence = "3 late, 2 failed, 1 not finite or too large, 1 silent, 3 lost in noise beyond fp32"
+    assert tally.unheard().skipped == f"no update reached the server: of 10 devices {sentence}"
+    assert (tally.row.participants, tally.row.train_loss, tally.row.nmse_up) == (2, 1.0, None)
 
 
 def test_nmse_is_the_error_over_the_energy():

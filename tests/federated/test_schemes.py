@@ -12,6 +12,7 @@ import torch
 from federated import schemes
 from federated.channel import Channel, MultipleAccess
 from federated.checkpoint import described
+from federated.downlink import AnalogDownlink
 from federated.draws import Draws
 from federated.simulate import Simulation
 from federated.uplink import QuantizedUplink, Uplink
@@ -45,10 +46,15 @@ def blocks():
 
 
 @pytest.fixture
-def majority(tmp_path, monkeypatch):
-    """The page's scheme, registered as the page says, and forgotten after the test."""
+def tables(monkeypatch):
+    """What is registered is forgotten after the test."""
     for table in ("DOWNLINKS", "UPLINKS", "SCHEMES"):
         monkeypatch.setattr(schemes, table, dict(getattr(schemes, table)))
+
+
+@pytest.fixture
+def majority(tables, tmp_path, monkeypatch):
+    """The page's scheme, registered as the page says."""
     code, line = blocks()
     (tmp_path / "majority.py").write_text(code)
     module = loaded("federated.majority", tmp_path / "majority.py", monkeypatch)
@@ -137,6 +143,13 @@ def test_every_scheme_names_links_that_can_be_made(name):
     channel = Channel.from_snr(20.0, ofdm_symbols=40)
     schemes.make_downlink(down, channel=channel, participants=3)
     assert isinstance(schemes.make_uplink(up, **KNOWN), Uplink)
+
+
+def test_a_downlink_is_registered_with_an_uplink_that_is_there(tables):
+    schemes.register("mine", downlink=AnalogDownlink, uplink="analog")
+    assert schemes.SCHEMES["mine"] == ("mine", "analog")
+    assert isinstance(schemes.make_downlink("mine", channel=MAC, participants=3), AnalogDownlink)
+    assert "mine" not in schemes.UPLINKS
 
 
 def test_sketches_cross_any_uplink_by_name_and_fit_its_budget():
