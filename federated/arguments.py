@@ -45,7 +45,7 @@ def share(name: str, value: Any, *, least: bool = True, most: bool = False) -> f
 
 
 def instance(name: str, value: Any, kind: type) -> Any:
-    """Return what is of a class.
+    """Return an instance of a class.
 
     Raises:
         TypeError: it is of another.
@@ -56,7 +56,7 @@ def instance(name: str, value: Any, kind: type) -> Any:
 
 
 def chosen(name: str, value: Any, most: int, *, whole_of: str) -> int | None:
-    """Return how many of some are chosen, or None for all of them.
+    """Return how many of several things are chosen, or None for all of them.
 
     Args:
         name: of the argument.

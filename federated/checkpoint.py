@@ -169,5 +169,5 @@ def described(thing: Any) -> str:
 
 
 def _is_setting(value: Any) -> bool:
-    """Whether an attribute of a link is one of its settings, and not what it remembers between rounds."""
+    """Return whether an attribute of a link is one of its settings, and not what it remembers between rounds."""
     return isinstance(value, (*_PLAIN, *_LINKS, tuple)) or dataclasses.is_dataclass(value)  # such as a channel

@@ -141,7 +141,7 @@ class LocalTraining:
         return Flat.of(self.model)
 
     def in_one_call(self, theta_hat: Tensor, batches: Batches) -> bool:
-        """Whether a block of devices is trained in one batched call; found out once."""
+        """Return whether a block of devices is trained in one batched call; found out once."""
         if self.batched is not None:
             return self.batched
         if "batched" not in self._found:

@@ -122,7 +122,7 @@ class DigitalDownlink(Downlink):
         self.symbols = _symbols_of(channel)
 
     def memory_rows(self, num_devices: int) -> int:
-        """One θ̂ for all."""
+        """Return 1: one θ̂ for all."""
         return 1
 
     def send(self, theta: Tensor, asked: Tensor, num_devices: int, memory: Memory, draws: Draws) -> DownlinkRound:
@@ -205,7 +205,7 @@ class SelectionDownlink(Downlink):
         self.participants: int = whole("participants", participants, at_least=1)
 
     def memory_rows(self, num_devices: int) -> int:
-        """θ̂_m of every device."""
+        """Return M: θ̂_m of every device; raise ValueError where fewer are there than are selected."""
         if self.participants > num_devices:
             raise ValueError(f"participants must be at most num_devices={num_devices}, got {self.participants}")
         return num_devices
@@ -274,7 +274,7 @@ def over_devices(
 
 
 def split_symbols(symbols: int, served: int) -> list[int]:
-    """Split T OFDM symbols among J devices, the first get what is left over."""
+    """Split T OFDM symbols among J devices; the first get what is left over."""
     return [symbols // served + (j < symbols % served) for j in range(served)]
 
 

@@ -43,13 +43,13 @@ class ImageConfig(PreTrainedConfig):
 
 
 class SoftmaxConfig(ImageConfig):
-    """Of `SoftmaxRegression`."""
+    """The configuration of `SoftmaxRegression`."""
 
     model_type = "sgc-softmax"
 
 
 class SmallCNNConfig(ImageConfig):
-    """Of `SmallCNN`."""
+    """The configuration of `SmallCNN`."""
 
     model_type = "sgc-small-cnn"
 

@@ -38,7 +38,7 @@ def iid(dataset: Dataset, num_devices: int, *, seed: int = 0) -> list[Rows]:
 
 
 def biased(dataset: Dataset, num_devices: int, *, label: str = "labels", seed: int = 0) -> list[Rows]:
-    """Deal every device rows of exactly two classes.
+    """Deal rows of exactly two classes to every device.
 
     Every class is cut into groups, and every device gets groups of two different classes, any two. The number of
     groups of a class follows its size (largest remainders), at most M.

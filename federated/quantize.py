@@ -173,14 +173,14 @@ def _entries_within(size: int, bits: int, budget: float) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _log2_binomial(size: int) -> Tensor:
-    """log2 C(d, j) for j from 0 to d, float64."""
+    """Compute log2 C(d, j) for j from 0 to d, float64."""
     j = torch.arange(size + 1, dtype=torch.float64)
     return (math.lgamma(size + 1) - torch.lgamma(j + 1) - torch.lgamma(size - j + 1)) / math.log(2)
 
 
 @functools.lru_cache(maxsize=8)
 def _position_bits_table(size: int) -> Tensor:
-    """⌈log2 C(d, j)⌉ for j from 1 to d, float64.
+    """Compute ⌈log2 C(d, j)⌉ for j from 1 to d, float64.
 
     From 2 to d − 2 entries no binomial is a power of two, so rounding its logarithm up is safe.
     """

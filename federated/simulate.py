@@ -149,7 +149,7 @@ class Simulation:
                 self.save()
 
     def step(self, *, last: bool = False) -> dict[str, Any]:
-        """Play one round, evaluate and save where it is time, and give its row."""
+        """Play one round, evaluate and save where it is time, and return its row."""
         start = time.perf_counter()
         if self.output_dir is not None:
             self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,7 @@ class Simulation:
         return content
 
     def evaluate(self) -> dict[str, float]:
-        """Measure "loss" and "accuracy" of the present θ on the test data, nothing without those."""
+        """Measure "loss" and "accuracy" of the present θ on the test data; empty without those."""
         return {} if self.test is None else evaluate(self.model(), self.test)
 
     def _count_skipped(self, row: Row) -> None:

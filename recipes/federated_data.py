@@ -145,7 +145,7 @@ def hub_data(name: str, args: argparse.Namespace) -> Data:
 
 
 def labelled(rows: Dataset, label: str) -> bool:
-    """Whether every row has its label; the hub withholds those of some test splits."""
+    """Return whether every row has its label; the hub withholds those of some test splits."""
     try:
         return len(partition.labels_of(rows, label)) > 0
     except ValueError:

@@ -185,7 +185,7 @@ def plot_curve(path: Path, rows: list[dict[str, Any]], title: str) -> None:
 
 
 def curve_line(row: dict[str, Any]) -> str:
-    """Write a row of the curve."""
+    """Return a row of the curve as a line of text."""
     if row["skipped"]:
         return f"{row['round']:6d}  skipped: {row['skipped']}"
     cells = [f"{row['round']:6d}", f"{row['accuracy']:9.4f}", f"{row['loss']:8.4f}", f"{row['participants']:8d}"]

@@ -56,7 +56,7 @@ def resume(sim: Simulation, args: argparse.Namespace) -> None:
 
 
 def rounds(sim: Simulation, number: int) -> Iterator[dict[str, Any]]:
-    """Play the rounds that are left of a run; of one that is over, say how good it is.
+    """Play the rounds that are left of a run; of one that is over, print how good it is.
 
     Ctrl-C or SIGTERM ends it after the round under way, with a checkpoint; a second one ends it at once.
 
@@ -77,7 +77,7 @@ def rounds(sim: Simulation, number: int) -> Iterator[dict[str, Any]]:
 
 
 def _keep(sim: Simulation) -> str:
-    """Save what there is of a run that was stopped, and say so."""
+    """Save what there is of a run that was stopped, and return in a sentence what that is."""
     try:
         kept = sim.save() if sim.number else None
     except RuntimeError:  # in the middle of a round
@@ -110,7 +110,7 @@ def _noted() -> Iterator[list[int]]:
 
 
 def finish(sim: Simulation, out: Path, rounds: int, *written: str) -> int:
-    """Save the model, say what was written and whether the run came to its end; return the exit status."""
+    """Save the model, print what was written and whether the run came to its end; return the exit status."""
     sim.model().save_pretrained(out / "model")
     print(f"{out}: {', '.join(['rows.jsonl', *written, 'model/'])}")
     if sim.ended:

@@ -81,7 +81,7 @@ class QuantizedUplink(Uplink):
         self.channel = channel
 
     def memory_rows(self, num_devices: int) -> int:
-        """e_m of every device."""
+        """Return M: e_m of every device."""
         return num_devices
 
     def encode(

@@ -88,7 +88,7 @@ class SketchedUplink(Uplink):
         self.residual: Tensor | None = None
 
     def memory_rows(self, num_devices: int) -> int:
-        """e_m of every device."""
+        """Return M: e_m of every device."""
         return num_devices
 
     def state(self) -> dict[str, Tensor]:
