@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgc.backward.compressed import CompressedGradient
+from sgc.backward.gradient import CompressedGradient
 from sgc.checks import flag, shown, whole, word
 from sgc.codec.project import Projection
 from sgc.codec.recover import pursue

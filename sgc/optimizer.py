@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from sgc.arguments import CONFIGURATION, FACTOR, check_group, check_param, rates_of, warn_small_sketch
-from sgc.backward.compressed import CompressedGradient, Compressor
+from sgc.backward.compressor import Compressor
+from sgc.backward.gradient import CompressedGradient
 from sgc.backward.view import HeldView
 from sgc.batches import Batches
 from sgc.budget import fit

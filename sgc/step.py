@@ -66,6 +66,7 @@ def update(view: View, rates: Rates) -> Update:
         # moments: they live in the sketch
         held = {name: read_held(view.state, name) for name in rule.held}
         rule.move(held, p, q, rates)
+        del p, q  # as large as the moments
 
         # recover: the s' entries of each chunk that explain the sketch
         target = rule.target(held, rates)

@@ -13,7 +13,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from sgc import SGC
-from sgc.backward.compressed import CompressedGradient
+from sgc.backward.gradient import CompressedGradient
 from sgc.moments import RULES
 from tests.tolerances import SUM
 

@@ -12,7 +12,7 @@ pytest.importorskip("peft", reason="the extra sgc[hf] is not installed")
 import peft
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sgc.backward.compressed import CompressedGradient
+from sgc.backward.gradient import CompressedGradient
 from sgc.budget import probe_bytes
 from sgc.hf import create_sgc_optimizer
 from tests.tiny import bits, check_resume, differing, llama, loss_of, losses, trainer

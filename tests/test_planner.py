@@ -835,9 +835,6 @@ def test_what_a_tall_matrix_needs_is_extrapolated_within_a_thousandth(sketch_siz
     assert optimizers.step_temporaries(info, options) == close(step)
     both = most(optimizers._measure_attached(shape, info.dtype, options, 8))
     assert optimizers.attached_temporaries(info, options, 8) == close(both)
-    if sketch_size and compiled.choose().path == "numba":  # past 66 blocks another operation is the peak
-        strips = [most(optimizers._measure_step((n * 341, 768), info.dtype, options))[0] for n in (24, 32)]
-        assert strips[0] + (strips[1] - strips[0]) * (80 - 24) / (32 - 24) < 0.95 * step
 
 
 @pytest.mark.parametrize("shape", [(8, 2000, 768), (12_300_000,)])

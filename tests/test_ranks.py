@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sgc import SGC
 from sgc.arguments import IGNORED, SWITCHED_OFF
-from sgc.backward import compressed
-from sgc.backward.compressed import CompressedGradient
+from sgc.backward import sums
+from sgc.backward.gradient import CompressedGradient
 from sgc.moments import RULES
 from sgc.parallel import ranks
 from sgc.state import state_schema
@@ -375,7 +375,7 @@ def test_a_model_of_one_tensor_trains_attached(processes):
 
 def group_timeout():
     *_, optimizer, _, _ = train(True, 1)
-    return ranks.timeout_of(optimizer._compressor._group), ranks.timeout_of()
+    return ranks.timeout_of(optimizer._compressor._ranks.group), ranks.timeout_of()
 
 
 def test_the_group_that_sums_compressed_gradients_has_the_timeout_of_the_run(processes):
@@ -394,7 +394,7 @@ def attach_too_late():
     outer = torch.nn.Sequential(model)
     ddp = DistributedDataParallel(outer)  # it was not told which parameters of the outer module to ignore
     with pytest.raises(RuntimeError, match="very module"):
-        late._compressor._join(ddp)
+        late._compressor._ranks.join(ddp)
 
 
 def test_attaching_too_late_or_to_another_module_is_refused(processes):
@@ -418,18 +418,18 @@ def test_a_model_of_compressed_tensors_alone_leaves_one_to_ddp(processes):
 
 
 def order_of_events():
-    bound, compressed.BUCKET_ENTRIES = compressed.BUCKET_ENTRIES, 1  # a bucket for every tensor
+    bound, sums.BUCKET_ENTRIES = sums.BUCKET_ENTRIES, 1  # a bucket for every tensor
     try:
         model = Routed()
         optimizer = SGC(model.parameters(), **SKETCHED)
         optimizer.attach(model)
     finally:
-        compressed.BUCKET_ENTRIES = bound
+        sums.BUCKET_ENTRIES = bound
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
     compressor, events = optimizer._compressor, []
-    encode, send = compressor._encode, compressor._send
+    encode, send = compressor._encode, compressor._ranks._send
     compressor._encode = lambda *args: (events.append("encode"), encode(*args))
-    compressor._send = lambda bucket: (events.append("send") if not bucket.sent else None, send(bucket))
+    compressor._ranks._send = lambda bucket: (events.append("send") if not bucket.sent else None, send(bucket))
     (ddp(torch.randn(4, 32), 0)).square().sum().backward()
     return events
 

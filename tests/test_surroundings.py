@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgc import SGC, backends
 from sgc.backends import numba as compiled
-from sgc.backward.compressed import CompressedGradient
+from sgc.backward.gradient import CompressedGradient
 
 STEPS = 4
 SKETCHED = {"sketch_size": 16, "sparsity": 4}

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from sgc.apply import apply_sampled
-from sgc.backward.compressed import CompressedGradient, rewhitening
+from sgc.backward.gradient import CompressedGradient
+from sgc.backward.sums import rewhitening
 from sgc.codec.encode import Whitening
 from sgc.moments import Rates
 from sgc.views import Summed, Tools, View

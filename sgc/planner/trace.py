@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sgc.backward.compressed import CompressedGradient
+from sgc.backward.gradient import CompressedGradient
 from sgc.planner.models import PlanError, make_model, refused
 
 if TYPE_CHECKING:
