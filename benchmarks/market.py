@@ -33,16 +33,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import market_data
 from benchmarks.harness import add_row, claim, rows
-from federated.market import features, honesty, privacy, reference, score
-from federated.market.query import BuyerKey, BuyerQuery, Encoder, SellerResponse, answer, make_query
-from federated.market.score import Moments, StreamingMoments
+from federated.market import features, honesty, privacy, reference
+from federated.market.fingerprint import Encoder
+from federated.market.measures import MEASURES, THRESHOLD, compared, shares, side
+from federated.market.messages import BuyerKey, BuyerQuery, SellerResponse
+from federated.market.moments import Moments, StreamingMoments
+from federated.market.query import answer, make_query
+from federated.market.score import score
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("SGC_MARKET_CACHE", "~/.cache/sgc/market")).expanduser()
 ENCODER = ROOT / "recipes" / "assets" / "digit-encoder"
 DIRECTIONS, BUYER_ROWS = 10, 100
-OURS = ("relevance", "diversity", "volume", "dispersion", "l2", "cosine", "correlation", "vendi")
-THEIRS = tuple(f"reference {name}" for name in (*OURS, "relevance, relative threshold"))
+PUBLISHED = ("relevance", "diversity", "volume", "dispersion", "l2", "cosine", "correlation", "vendi")
+THEIRS = tuple(f"reference {name}" for name in (*PUBLISHED, "relevance, relative threshold"))
 OTHERS = ("mmd", "random")
 MARKETS = (("image", "pixels"), ("image", "digit-encoder"), ("text", "minilm"), ("text", "stories-gradients"))
 TOKENS = 32  # of a text, for the language model
@@ -87,19 +91,16 @@ class Scored:
         self.rows, self.encoder = buyer, encoder
         self.query, self.key = make_query(buyer, encoder, directions=DIRECTIONS, seed=seed)
         self.buyer = self.key.buyer()
-        self.own = score.shares(self.buyer)
-        self.kept = score.kept_directions(self.own)
-        self.weight = score.weights(self.own, self.kept)
+        self.kept, self.weight = compared(shares(self.buyer))
         self.v = torch.linalg.svd(buyer - buyer.mean(0), full_matrices=False).Vh[:DIRECTIONS].T.contiguous()
         self.cross = StreamingMoments(self.v, cross=True).update(buyer).cross()
         self.width = torch.cdist(buyer, buyer).median()
         self.random = np.random.default_rng(seed)
 
     def measures(self, seller: Tensor) -> dict[str, float]:
-        """Give every measure, more being better, from the answer or (reference, MMD) from the rows themselves."""
-        m = score.side(self.key.seller(answer(self.query, [seller], self.encoder, "seller")))
-        mine = score.side(self.buyer)
-        ours = [score.MEASURES[name](mine, m, self.kept, self.weight) for name in OURS]
+        """Compute every measure, more being better, from the answer or (reference, MMD) from the rows themselves."""
+        m = side(self.key.seller(answer(self.query, [seller], self.encoder, "seller")))
+        ours = [measure(side(self.buyer), m, self.kept, self.weight) for measure in MEASURES.values()]
         stream = StreamingMoments(self.v, cross=True).update(seller)
         cross, projected = stream.cross(), stream.moments()
         theirs_own, theirs = reference.norm_values(self.cross), reference.norm_values(cross)
@@ -113,9 +114,9 @@ class Scored:
                 for measure in (reference.l2, reference.cosine, reference.correlation)
             ),
             reference.vendi(seller),
-            reference.relevance(theirs_own, theirs, score.THRESHOLD * float(theirs_own.max())),
+            reference.relevance(theirs_own, theirs, THRESHOLD * float(theirs_own.max())),
         )
-        values = dict(zip((*OURS, *THEIRS), (float(x) for x in (*ours, *published)), strict=True))
+        values = dict(zip((*MEASURES, *THEIRS), (float(x) for x in (*ours, *published)), strict=True))
         return values | {"mmd": -self.mmd(seller), "random": float(self.random.random())}
 
     def mmd(self, seller: Tensor) -> float:
@@ -217,7 +218,7 @@ def utility(args: argparse.Namespace) -> None:
                         sellers.append(index)
                         start = time.perf_counter()
                         response = answer(scored.query, [x[index]], made.encoder, "s")
-                        score.score(scored.buyer, scored.key.seller(response), draws=0)
+                        score(scored.buyer, scored.key.seller(response), draws=0)
                         answering += time.perf_counter() - start
                         measured.append(scored.measures(x[index]))
                         if len(set(labels[index])) < 2:
@@ -466,13 +467,18 @@ def speed(args: argparse.Namespace) -> None:
         print(row)
 
 
+def in_all(found: list[dict[str, Any]], field: str) -> list[str]:
+    """Return the measures that every row has: a new one is in the tables once everything was measured again."""
+    return [name for name in (*MEASURES, *THEIRS, *OTHERS) if all(name in row[field] for row in found)]
+
+
 def plot(args: argparse.Namespace) -> None:
     """Draw the pictures of docs/market.md and print its tables."""
     import matplotlib.pyplot as plt
 
     docs = ROOT / "docs"
     found = rows("market-ranking")
-    names = [n for n in (*OURS, *THEIRS, *OTHERS) if n not in ("diversity", "reference diversity")]
+    names = [n for n in in_all(found, "rank") if n not in ("diversity", "reference diversity")]
     kinds = list(MARKETS)
     print("| measure | " + " | ".join(f"{m}, {e}" for m, e in kinds) + " |\n|---|" + "---|" * len(kinds))
     table: dict[str, list[float]] = {}
@@ -495,7 +501,7 @@ def plot(args: argparse.Namespace) -> None:
 
     found = rows("market-utility")
     columns = sorted({(r["encoder"], r["alpha"]) for r in found}, reverse=True)
-    names = [*OURS, *THEIRS, *OTHERS, "knn shapley"]
+    names = [*in_all(found, "values"), "knn shapley"]
     print("\n| measure | " + " | ".join(f"{e}, α = {a}" for e, a in columns) + " |\n|---|" + "---|" * len(columns))
     correlation: dict[str, list[tuple[float, float, float]]] = {}
     for name in names:
@@ -525,7 +531,7 @@ def plot(args: argparse.Namespace) -> None:
     tuned = rows("market-finetune")
     encoders = ("stories-gradients", "minilm")
     print("\n| measure | " + " | ".join(encoders) + " |\n|---|---|---|")
-    for name in (*OURS, *THEIRS, *OTHERS):
+    for name in in_all(tuned, "values"):
         parts = [spearman_interval([r for r in tuned if r["encoder"] == e], name) for e in encoders]
         print(f"| {name} | " + " | ".join(f"{m:.2f} ({low:.2f}, {high:.2f})" for m, low, high in parts) + " |")
     for name in ("ours", "shapley"):

@@ -33,11 +33,13 @@ import market_data
 from federated.arguments import check_options
 from federated.files import check_folder, opening, sentence
 from federated.market import cli, honesty
-from federated.market.features import Extractor, batches, make_extractor, naming, open_rows
+from federated.market.features import Extractor, batches, make_extractor, naming
+from federated.market.messages import BuyerQuery, SellerResponse
+from federated.market.moments import Moments
 from federated.market.privacy import private_answer
-from federated.market.query import BuyerQuery, SellerResponse, answer, make_query
+from federated.market.query import answer, make_query
 from federated.market.rank import Ranked, portfolio, rank
-from federated.market.score import Moments
+from federated.market.rows import open_rows
 from report import write_atomically
 
 LIAR, COPYCAT = "liar", "copycat"
@@ -75,7 +77,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def open_market(args: argparse.Namespace) -> tuple[Iterable[Any], dict[str, Iterable[Any]], Extractor]:
-    """Give the buyer's rows, the sellers' rows by name, and what embeds them."""
+    """Open the buyer's rows, the sellers' rows by name, and what embeds them."""
     check_folder(args.output_dir, "--output_dir")
     if args.cache is not None:
         check_folder(args.cache.expanduser(), "--cache")
@@ -157,8 +159,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     moments = {name: key.seller(response) for name, response in responses.items()}
     ranked = rank(key.buyer(), moments, seed=args.seed)
-    honest = {name: m for name, m in moments.items() if not any(f.suspicious for f in findings[name])}
-    bought = portfolio(key.buyer(), honest, budget=args.budget)
+    bought = portfolio(key.buyer(), honesty.honest(moments, findings), budget=args.budget)
     sent = sum(len(response.to_json()) for response in responses.values()) / len(responses)
     print(cli.table(ranked, findings))
     print(cli.describe(bought))

@@ -25,11 +25,15 @@ from torch import Tensor
 from federated.arguments import check_options
 from federated.files import check_apart, check_file, check_folder, sentence
 from federated.market import honesty
-from federated.market.features import ArrayFeatures, Extractor, batches, make_extractor, naming, open_rows
+from federated.market.encoders import ArrayFeatures
+from federated.market.features import Extractor, batches, make_extractor, naming
+from federated.market.measures import MEASURES
+from federated.market.messages import BuyerKey, BuyerQuery, SellerResponse
 from federated.market.privacy import Ledger, private_answer
-from federated.market.query import DECOYS, DIRECTIONS, BuyerKey, BuyerQuery, SellerResponse, _write, answer, make_query
+from federated.market.query import DECOYS, DIRECTIONS, answer, make_query
 from federated.market.rank import Portfolio, Ranked, portfolio, rank
-from federated.market.score import MEASURES
+from federated.market.rows import open_rows
+from federated.market.untrusted import write_whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,7 +104,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _open(args: argparse.Namespace) -> tuple[Extractor, Iterator[Tensor]]:
-    """Open the rows and what embeds them: give the latter and the vectors, batch by batch."""
+    """Open the rows and what embeds them; return the extractor and an iterator of batches of vectors."""
     if args.cache is not None:
         check_folder(args.cache.expanduser(), "--cache")
     try:
@@ -198,10 +202,9 @@ def _rank(args: argparse.Namespace) -> None:
     bought = None
     if args.budget is not None:
         prices = {**dict.fromkeys(sellers, 1.0), **_prices(args.price, sellers)}
-        honest = {name: m for name, m in sellers.items() if not any(f.suspicious for f in findings[name])}
-        bought = portfolio(key.buyer(), honest, budget=args.budget, prices=prices)
+        bought = portfolio(key.buyer(), honesty.honest(sellers, findings), budget=args.budget, prices=prices)
     if args.json:
-        _write(args.json, json.dumps(record(ranked, findings, bought), indent=1).encode())
+        write_whole(args.json, json.dumps(record(ranked, findings, bought), indent=1).encode())
     print(table(ranked, findings, args.by))
     if bought is not None:
         print(describe(bought))
@@ -221,7 +224,7 @@ def _prices(texts: list[str], sellers: dict[str, Any]) -> dict[str, float]:
 
 
 def table(ranked: Sequence[Ranked], findings: dict[str, list[honesty.Finding]], by: str = "relevance") -> str:
-    """Lay out a ranking, one seller in a line, with what its audit found."""
+    """Return a ranking as a table, a seller in each line, with what its audit found."""
     width = max(len("seller"), *(len(r.seller) for r in ranked))
     shown = [by, *(m for m in ("relevance", "diversity", "volume") if m != by)]
     lines = [f"rank        {'seller':{width}}  " + "".join(f"{m:16}" for m in shown) + "   rows"]
@@ -237,7 +240,7 @@ def table(ranked: Sequence[Ranked], findings: dict[str, list[honesty.Finding]], 
 
 
 def describe(bought: Portfolio) -> str:
-    """Say what to buy."""
+    """Return what to buy as a sentence."""
     names = ", then ".join(f"{name} (+{gain:.2f})" for name, gain in zip(bought.sellers, bought.gains, strict=True))
     return (
         f"buy {names or 'nothing'}: {bought.value:.2f} nats for {bought.cost:g}; no other choice has more than "
@@ -248,7 +251,7 @@ def describe(bought: Portfolio) -> str:
 def record(
     ranked: Sequence[Ranked], findings: dict[str, list[honesty.Finding]], bought: Portfolio | None = None
 ) -> dict[str, Any]:
-    """Give the result as plain values, for JSON."""
+    """Return the result as plain values, for JSON."""
     return {
         "ranking": [
             {

@@ -23,8 +23,10 @@ except ImportError as error:
 
 from federated.arguments import positive
 from federated.flower import wait_for_nodes
+from federated.market.fingerprint import Encoder
+from federated.market.messages import BuyerQuery, SellerResponse
 from federated.market.privacy import Ledger, private_answer
-from federated.market.query import BuyerQuery, Encoder, SellerResponse, answer
+from federated.market.query import answer
 from sgc.checks import whole
 
 MOST_TEXT = 300  # characters of a refusal that are passed on

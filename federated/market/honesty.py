@@ -9,15 +9,16 @@ answers that change from one query to the next, and answers that are the buyer's
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from federated.arguments import share
+from federated.market.messages import BuyerKey, SellerResponse
+from federated.market.moments import Moments
 from federated.market.privacy import gaussian_ratio, noise_scales
-from federated.market.query import BuyerKey, SellerResponse
-from federated.market.score import Moments
 
 ALPHA = 1e-3  # false alarms of one test
 NOISE = 0.03  # by which stated noise may miss its formula: a basis is orthonormal but for rounding
@@ -97,8 +98,13 @@ def audit_pair(
     return _finding("consistent", p, alpha, "its two answers disagree", "its two answers agree")
 
 
+def honest(sellers: Mapping[str, Moments], findings: Mapping[str, Iterable[Finding]]) -> dict[str, Moments]:
+    """Return the sellers that no test finds suspicious."""
+    return {name: m for name, m in sellers.items() if not any(f.suspicious for f in findings[name])}
+
+
 def _noise(response: SellerResponse) -> float:
-    """Give the noise of the means, as a share of the clip, that the budget an answer states takes."""
+    """Return the noise of the means that the budget stated in an answer takes, as a share of the clip."""
     if response.epsilon is None or response.delta is None:
         return 0.0
     return noise_scales(response.moments.rows, 1.0, gaussian_ratio(response.epsilon, response.delta))[0]
@@ -171,11 +177,11 @@ def _finding(test: str, p: float, alpha: float, bad: str, good: str) -> Finding:
 
 
 def chi_square_tail(x: float, degrees: int) -> float:
-    """P(χ² ≥ x)."""
+    """Compute P(χ² ≥ x)."""
     half = torch.tensor([degrees / 2, max(x, 0.0) / 2], dtype=torch.float64)
     return float(torch.special.gammaincc(half[0], half[1]))
 
 
 def _sigmas(alpha: float) -> float:
-    """How many standard deviations a normal number exceeds with probability `alpha`."""
+    """Return how many standard deviations a normal number exceeds with probability `alpha`."""
     return float(-torch.special.ndtri(torch.tensor(alpha, dtype=torch.float64)))

@@ -23,25 +23,17 @@ from torch import Tensor
 
 from federated.arguments import positive, share
 from federated.files import check_folder
-from federated.market.query import (
-    BuyerQuery,
-    Encoder,
-    SellerResponse,
-    _name,
-    _naming,
-    _parse,
-    _read,
-    _write,
-    collect,
-    normal,
-)
-from federated.market.score import Moments
+from federated.market.fingerprint import Encoder
+from federated.market.messages import BuyerQuery, SellerResponse
+from federated.market.moments import Moments
+from federated.market.query import collect, normal
+from federated.market.untrusted import parse, printable, read_file, write_whole
 
 SENSITIVITY = 3 / math.sqrt(2)  # of the sum of f over rows, replacing one
 
 
 def gaussian_delta(epsilon: float, ratio: float) -> float:
-    """δ of the Gaussian mechanism at ε (Balle and Wang 2018, theorem 8): exact.
+    """Compute δ of the Gaussian mechanism at ε (Balle and Wang 2018, theorem 8): exact.
 
     Args:
         epsilon: not negative.
@@ -56,7 +48,7 @@ def gaussian_delta(epsilon: float, ratio: float) -> float:
 
 
 def gaussian_epsilon(delta: float, ratio: float) -> float:
-    """The least ε that `gaussian_delta` allows at δ, to ten digits, rounded up."""
+    """Compute the least ε that `gaussian_delta` allows at δ, to ten digits, rounded up."""
     if ratio == 0 or gaussian_delta(0, ratio) <= delta:
         return 0.0
     low, high = 0.0, 1.0
@@ -69,7 +61,7 @@ def gaussian_epsilon(delta: float, ratio: float) -> float:
 
 
 def gaussian_ratio(epsilon: float, delta: float) -> float:
-    """The largest μ = sensitivity/σ that is (ε, δ)-private.
+    """Compute the largest μ = sensitivity/σ that is (ε, δ)-private.
 
     Raises:
         ValueError: ε not positive, or δ outside (0, 1).
@@ -150,11 +142,11 @@ def private_answer(
         ledger.charge(ratio)
     stretch = max(1.0, float(torch.linalg.matrix_norm(query.directions.double(), 2)))  # orthonormal but for rounding
     noisy = add_noise(moments, clip, ratio / stretch**2, known_energy=encoder.normalize)
-    return SellerResponse(query.identifier, _name(seller, "seller"), noisy, epsilon, delta)
+    return SellerResponse(query.identifier, printable(seller, "seller"), noisy, epsilon, delta)
 
 
 def noise_scales(rows: int, clip: float, ratio: float) -> tuple[float, float]:
-    """Standard deviations of the noise of means and of second moments, from sizes alone.
+    """Compute the standard deviations of the noise of means and of second moments, from sizes alone.
 
     Args:
         rows: n.
@@ -201,6 +193,14 @@ def add_noise(
     )
 
 
+def _ratios(data: bytes) -> list[float]:
+    """Read what a ledger holds."""
+    spent = parse(data, "ledger").get("ratios")
+    if not isinstance(spent, list) or not all(type(x) in (int, float) and 0 < x < 1e150 for x in spent):
+        raise ValueError("the ledger must hold a list 'ratios' of positive numbers")
+    return spent
+
+
 class Ledger:
     """A seller's account of all it has answered, in a file, so that many queries can't average the noise away.
 
@@ -224,15 +224,10 @@ class Ledger:
     def _squares(self) -> float:
         if not self.path.exists():
             return 0.0
-        data = _read(self.path, "ledger", 1 << 24)
-        with _naming(self.path):
-            spent = _parse(data, "ledger").get("ratios")
-            if not isinstance(spent, list) or not all(type(x) in (int, float) and 0 < x < 1e150 for x in spent):
-                raise ValueError("the ledger must hold a list 'ratios' of positive numbers")
-        return float(sum(x * x for x in spent))
+        return float(sum(x * x for x in read_file(self.path, "ledger", 1 << 24, _ratios)))
 
     def spent(self) -> float:
-        """Give the ε spent so far, at the budget's δ."""
+        """Return the ε spent so far, at the budget's δ."""
         return gaussian_epsilon(self.delta, math.sqrt(self._squares()))
 
     def charge(self, ratio: float) -> None:
@@ -253,4 +248,4 @@ class Ledger:
                     f"{self.spent():.4g} is spent, this answer would make it {after:.4g}"
                 )
             entries = json.loads(self.path.read_text())["ratios"] if self.path.exists() else []
-            _write(self.path, json.dumps({"ratios": [*entries, ratio]}).encode())
+            write_whole(self.path, json.dumps({"ratios": [*entries, ratio]}).encode())

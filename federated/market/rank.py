@@ -9,21 +9,19 @@ import torch
 from torch import Tensor
 
 from federated.arguments import positive, share
-from federated.market.score import (
+from federated.market.measures import (
     MEASURES,
     THRESHOLD,
-    Moments,
-    Score,
-    draw,
-    kept_directions,
+    compared,
     measure_of,
     overlaps,
     relative_covariance,
     relevance,
     shares,
     side,
-    weights,
 )
+from federated.market.moments import Moments
+from federated.market.score import Score, draw
 from sgc.checks import rate, whole
 
 ROUNDING = 1e-12  # of prices and budgets, relative; a gain of less is none
@@ -78,7 +76,7 @@ def rank(
     Args:
         buyer: along the directions.
         sellers: name → moments along the same.
-        by: the name of a measure, of `score.MEASURES`.
+        by: the name of a measure in `measures.MEASURES`.
         confidence: that all intervals hold at once.
         threshold: relative to the buyer's largest variance.
         draws: of the bootstrap, fewer where a query of very many directions would make them fill the memory.
@@ -97,9 +95,7 @@ def rank(
         if len(seller.mean) != len(buyer.mean):
             raise ValueError(f"{name!r} must have the buyer's {len(buyer.mean)} directions, got {len(seller.mean)}")
     generator = torch.Generator().manual_seed(seed)
-    own = shares(buyer)
-    kept = kept_directions(own, threshold)
-    weight = weights(own, kept)
+    kept, weight = compared(shares(buyer), threshold)
     draws = min(draws, max(2, MOST_DRAWN // len(buyer.mean) ** 2))
     drawn = draw(buyer, draws, generator)
     exact, sample = [], []
@@ -124,7 +120,7 @@ def rank(
 
 
 def rank_intervals(value: Tensor, sample: Tensor, confidence: float) -> tuple[list[int], list[int]]:
-    """Give the best and worst ranks that are not contradicted, for all at once.
+    """Return the best and the worst rank of each that the data do not contradict, for all at once.
 
     Args:
         value: (J,) scores, more is better.
@@ -197,8 +193,7 @@ def portfolio(
             positive(f"the {kind} of {name!r}", given[name])
     budget, threshold = rate("budget", budget), rate("threshold", threshold)
     own = shares(buyer)
-    kept = kept_directions(own, threshold)
-    weight = weights(own, kept)
+    kept, weight = compared(own, threshold)
     information = {
         name: rows[name]
         * float(relevance(overlaps(own, shares(s), kept), weight))
@@ -238,7 +233,7 @@ def _greedy(information: dict[str, Tensor], prices: Mapping[str, float], budget:
 
 
 def _knapsack(gain: dict[str, float], prices: Mapping[str, float], budget: float) -> float:
-    """Give the most that gains could add up to within a budget if parts could be bought; gains only shrink later."""
+    """Bound what gains can add up to within a budget, as if parts could be bought; gains only shrink later."""
     total = 0.0
     for name in sorted(
         (n for n in gain if prices[n] <= budget * (1 + ROUNDING)), key=lambda n: gain[n] / prices[n], reverse=True

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from federated.market.cli import main
-from federated.market.score import MEASURES
+from federated.market.measures import MEASURES
 
 
 def vectors(path: Path, n: int, seed: int, power: float = 1.0) -> str:

@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 
 from federated.market import features as f
+from federated.market.fingerprint import Encoder, content_digest
 from federated.market.query import make_query
 
 TEXTS = ["one", "two words", "three short words", "now a sentence of seven words"]
@@ -107,7 +108,7 @@ def test_a_vision_transformer_is_pooled_by_its_first_token_and_not_its_random_po
 def test_fingerprints_differ_where_the_numbers_would(minilm: Path, vision_folder: Path, tmp_path: Path) -> None:
     from transformers import ResNetModel, ViTImageProcessorPil
 
-    def of(folder: Path, **kwargs) -> f.Encoder:
+    def of(folder: Path, **kwargs) -> Encoder:
         return f.HuggingFaceFeatures(str(folder), **kwargs).encoder
 
     model = ResNetModel.from_pretrained(vision_folder)
@@ -281,10 +282,10 @@ def test_rows_that_differ_have_different_digests() -> None:
         ([np.zeros(2, np.float32)], [np.zeros(2, np.int32)]),
         ([torch.zeros(2, 3)], [torch.zeros(3, 2)]),
     ):
-        assert f._content_digest(one) != f._content_digest(two), (one, two)
-        assert f._content_digest(one) == f._content_digest([*one])
+        assert content_digest(one) != content_digest(two), (one, two)
+        assert content_digest(one) == content_digest([*one])
     with pytest.raises(ValueError, match="must be text, an image"):
-        f._content_digest([np.array(["a", None], dtype=object)])  # whose bytes are addresses
+        content_digest([np.array(["a", None], dtype=object)])  # whose bytes are addresses
 
 
 def test_tokenizers_that_read_a_text_differently_have_different_fingerprints(minilm: Path, tmp_path: Path) -> None:

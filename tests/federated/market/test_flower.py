@@ -13,8 +13,9 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from federated.market import flower
+from federated.market.fingerprint import Encoder
 from federated.market.privacy import Ledger
-from federated.market.query import Encoder, answer, make_query
+from federated.market.query import answer, make_query
 from federated.market.rank import rank
 
 ENCODER = Encoder("unit", "0" * 64, "none", True, 24)

@@ -43,7 +43,7 @@ result = ""
 """
 COMMON = """
 import torch
-from federated.market.query import Encoder
+from federated.market.fingerprint import Encoder
 
 ENCODER = Encoder("unit", "0" * 64, "none", True, 24)
 

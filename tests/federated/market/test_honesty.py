@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from federated.market import honesty as h
+from federated.market.fingerprint import Encoder
+from federated.market.messages import BuyerKey, BuyerQuery, SellerResponse
+from federated.market.moments import Moments
 from federated.market.privacy import private_answer
-from federated.market.query import BuyerKey, BuyerQuery, Encoder, SellerResponse, answer, make_query
-from federated.market.score import Moments, score
+from federated.market.query import answer, make_query
+from federated.market.score import score
 
 D = 48
 ENCODER = Encoder("raw", "0" * 64, "none", False, D)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from federated.market import score
-from federated.market.query import Encoder, answer, make_query
+from federated.market.fingerprint import Encoder
+from federated.market.query import answer, make_query
 
 METRICS = Path(__file__).resolve().parents[3] / "recipes" / "metrics"
 ENCODER = Encoder("vectors", "0" * 64, "none", False, 24)

@@ -9,8 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from federated.market import privacy as p
-from federated.market.query import BuyerQuery, Encoder, make_query, normal
-from federated.market.score import Moments, moments_along, score
+from federated.market.fingerprint import Encoder
+from federated.market.messages import BuyerQuery, SellerResponse
+from federated.market.moments import Moments, moments_along
+from federated.market.query import make_query, normal
+from federated.market.score import score
 
 UNIT = Encoder("unit", "0" * 64, "none", True, 24)
 RAW = Encoder("raw", "0" * 64, "none", False, 24)
@@ -94,7 +97,7 @@ def test_an_answer_with_noise_scores_as_one_without_once_there_are_rows_enough(m
     monkeypatch.setattr(p, "normal", lambda *shape, **_: normal(*shape, generator=generator))
     query, key = make_query(rows(200, 0), UNIT, directions=4, decoys=2, seed=0)
     x = rows(50_000, 1)
-    plain = score(key.buyer(), key.seller(p.SellerResponse(query.identifier, "s", moments_along(x, query.directions))))
+    plain = score(key.buyer(), key.seller(SellerResponse(query.identifier, "s", moments_along(x, query.directions))))
     found = []
     for epsilon in (1.0, 0.05):
         response = p.private_answer(query, x.split(1000), UNIT, "s", epsilon=epsilon, delta=1e-6)

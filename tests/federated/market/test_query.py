@@ -5,7 +5,7 @@ import math
 import os
 import pickle
 import stat
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -13,9 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from federated.market import messages, untrusted
 from federated.market import query as q
+from federated.market.moments import moments_along
 from federated.market.rank import rank
-from federated.market.score import moments_along, score
+from federated.market.score import score
+from federated.market.untrusted import read_tensors
 
 ENCODER = q.Encoder("pixels", "0" * 64, "none", False, 32)
 
@@ -147,7 +150,7 @@ def test_directions_that_would_make_a_seller_tell_more_are_refused(pair) -> None
 
 def hostile_queries(pair) -> dict[str, bytes]:
     query = pair[0]
-    header = {"kind": "query", "version": 1, "encoder": q.asdict(ENCODER)}
+    header = {"kind": "query", "version": 1, "encoder": asdict(ENCODER)}
 
     def file(tensors=None, **changes) -> bytes:
         return save(tensors or {"directions": query.directions}, {"sgc_market": json.dumps(header | changes)})
@@ -173,9 +176,9 @@ def hostile_queries(pair) -> dict[str, bytes]:
         "another dimension": file({"directions": query.directions[:31].contiguous()}),
         "NaN": file({"directions": query.directions * float("nan")}),
         "long columns": file({"directions": query.directions * 3}),
-        "an encoder that paints the terminal": file(encoder=q.asdict(ENCODER) | {"name": "\x1b]0;x\x07"}),
-        "an encoder of no digest": file(encoder=q.asdict(ENCODER) | {"digest": "../../etc/passwd"}),
-        "a huge dimension": file(encoder=q.asdict(ENCODER) | {"dimension": 10**30}),
+        "an encoder that paints the terminal": file(encoder=asdict(ENCODER) | {"name": "\x1b]0;x\x07"}),
+        "an encoder of no digest": file(encoder=asdict(ENCODER) | {"digest": "../../etc/passwd"}),
+        "a huge dimension": file(encoder=asdict(ENCODER) | {"dimension": 10**30}),
         "an encoder that is a list": file(encoder=[]),
     }
 
@@ -193,7 +196,7 @@ def test_hostile_queries_are_refused_with_a_sentence(pair, tmp_path) -> None:
 def test_keys_that_are_damaged_are_refused_with_a_sentence(pair, tmp_path) -> None:
     query, key = pair
     key.save(tmp_path / "k")
-    good = q._tensors((tmp_path / "k").read_bytes(), "key")
+    good = read_tensors((tmp_path / "k").read_bytes(), "key")
     for tensors, header in [
         ({"mean": torch.zeros(3).double()}, {}),
         ({"rotation": torch.zeros(2, 2).double()}, {}),
@@ -288,7 +291,7 @@ def test_a_query_with_bytes_changed_loads_as_a_query_or_not_at_all(data) -> None
         except ValueError:
             return
         gram = loaded.directions.T @ loaded.directions
-        assert (gram - torch.eye(6)).abs().max() <= q.ORTHONORMAL
+        assert (gram - torch.eye(6)).abs().max() <= messages.ORTHONORMAL
 
 
 def test_more_rows_than_dimensions_give_the_same_eigenvectors_by_either_way() -> None:
@@ -349,7 +352,7 @@ def test_a_file_that_is_refused_is_named(pair, tmp_path) -> None:
 
 
 def test_a_query_that_no_seller_could_open_is_not_made() -> None:
-    for dimension, directions in ((q.MAX_DIMENSION + 1, 2), (400, 250)):
+    for dimension, directions in ((untrusted.MAX_DIMENSION + 1, 2), (400, 250)):
         encoder = replace(ENCODER, dimension=dimension)
         with pytest.raises(ValueError, match="at most 256 columns of dimension 65536"):
             q.make_query(torch.randn(1000 if directions > 2 else 8, dimension), encoder, directions=directions)
@@ -377,7 +380,7 @@ def test_eigenvectors_have_one_sign_whatever_else_the_query_has() -> None:
 
 def test_a_key_that_is_no_rotation_or_no_number_is_refused(pair, tmp_path) -> None:
     pair[1].save(tmp_path / "k")
-    tensors, header = q._tensors((tmp_path / "k").read_bytes(), "key")
+    tensors, header = read_tensors((tmp_path / "k").read_bytes(), "key")
     for name, value, sentence in (
         ("rotation", tensors["rotation"] * 1.1, "must be orthogonal"),
         ("mean", tensors["mean"] * float("nan"), "'mean' must be finite"),

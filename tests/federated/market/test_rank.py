@@ -9,11 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from federated.market import rank as r
-from federated.market.score import (
+from federated.market.measures import (
     MEASURES,
-    Moments,
     kept_directions,
-    moments_along,
     overlaps,
     relative_covariance,
     relevance,
@@ -21,6 +19,7 @@ from federated.market.score import (
     side,
     weights,
 )
+from federated.market.moments import Moments, moments_along
 
 D = 16
 SPREAD = torch.linspace(0, 2, D).neg().exp()
