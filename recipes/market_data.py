@@ -29,7 +29,7 @@ class Market:
 
 
 def digits_market(buyer_rows: int, seed: int) -> Market:
-    """A dozen sellers of scikit-learn's 1,797 handwritten digits, (8, 8) images in [0, 1].
+    """Make a dozen sellers of scikit-learn's 1,797 handwritten digits, (8, 8) images in [0, 1].
 
     Args:
         buyer_rows: at most 300.
@@ -86,7 +86,7 @@ def mnist(folder: Path, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
 
 
 def mnist_market(images: np.ndarray, labels: np.ndarray, buyer_rows: int, rows: int, seed: int) -> Market:
-    """Sellers of MNIST as it is and changed, and of scikit-learn's digits.
+    """Make sellers of MNIST as it is and changed, and of scikit-learn's digits.
 
     Args:
         images: (n, 28, 28) of bytes.
@@ -170,7 +170,7 @@ def _sentences(text: str) -> list[str]:
 
 
 def text_market(folder: Path, buyer: str, buyer_rows: int, rows: int, seed: int) -> Market:
-    """A buyer of one text set and sellers of all.
+    """Make a buyer of one text set and sellers of all.
 
     Args:
         folder: as in `read_texts`.

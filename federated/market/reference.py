@@ -15,7 +15,7 @@ THRESHOLD = 0.1  # absolute: with unit-norm embeddings no eigenvalue reaches it,
 
 
 def norm_values(cross: Tensor) -> Tensor:
-    """λ̂ᵢ = ‖Σ_s vᵢ‖₂, which is at least the variance along vᵢ.
+    """Compute λ̂ᵢ = ‖Σ_s vᵢ‖₂, which is at least the variance along vᵢ.
 
     Args:
         cross: Σ_s V (D, κ).
@@ -24,7 +24,7 @@ def norm_values(cross: Tensor) -> Tensor:
 
 
 def relevance(buyer: Tensor, seller: Tensor, threshold: float = THRESHOLD) -> float:
-    """(Π min(λᵢ, λ̂ᵢ)/max(λᵢ, λ̂ᵢ))^{1/κ'} over the κ' directions with λᵢ ≥ threshold; 1 where there are none.
+    """Compute (Π min(λᵢ, λ̂ᵢ)/max(λᵢ, λ̂ᵢ))^{1/κ'} over the κ' directions with λᵢ ≥ threshold, 1 for none.
 
     Args:
         buyer: λ (κ,), not negative.
@@ -35,7 +35,7 @@ def relevance(buyer: Tensor, seller: Tensor, threshold: float = THRESHOLD) -> fl
 
 
 def diversity(buyer: Tensor, seller: Tensor, threshold: float = THRESHOLD) -> float:
-    """(Π |λᵢ − λ̂ᵢ|/max(λᵢ, λ̂ᵢ))^{1/κ'}: arguments as in `relevance`."""
+    """Compute (Π |λᵢ − λ̂ᵢ|/max(λᵢ, λ̂ᵢ))^{1/κ'}: arguments as in `relevance`."""
     return _geometric_mean(1 - _ratios(buyer, seller, threshold))
 
 
@@ -50,22 +50,22 @@ def _geometric_mean(x: Tensor) -> float:
 
 
 def l2(buyer: Tensor, seller: Tensor) -> float:
-    """−‖b − s‖₂ between the column means b = mean(Σ_b V) and s = mean(Σ_s V), each (κ,); more is nearer."""
+    """Compute −‖b − s‖₂ between the column means b = mean(Σ_b V) and s = mean(Σ_s V), each (κ,); more is nearer."""
     return -float((buyer - seller).norm())
 
 
 def cosine(buyer: Tensor, seller: Tensor) -> float:
-    """Cosine between the column means, as in `l2`."""
+    """Compute the cosine between the column means, as in `l2`."""
     return float(torch.nn.functional.cosine_similarity(buyer.double(), seller.double(), dim=0))
 
 
 def correlation(buyer: Tensor, seller: Tensor) -> float:
-    """Pearson correlation between the column means, as in `l2`; it changes with the sign of an eigenvector."""
+    """Compute Pearson's correlation between the column means, as in `l2`; an eigenvector's sign changes it."""
     return cosine(buyer - buyer.mean(), seller - seller.mean())
 
 
 def volume(second: Tensor, rows: int) -> float:
-    """Log det of the projected data's Gram matrix (XV)ᵀ(XV), which grows by κ·ln 2 when every row is given twice.
+    """Compute log det (XV)ᵀ(XV), which grows by κ·ln 2 when every row is given twice.
 
     Args:
         second: mean of Vᵀxxᵀ V over the rows (κ, κ).
@@ -75,7 +75,7 @@ def volume(second: Tensor, rows: int) -> float:
 
 
 def vendi(x: Tensor) -> float:
-    """Exp of the entropy of the eigenvalues of XᵀX/n, rows scaled to unit norm (Friedman and Dieng, 2023).
+    """Compute exp of the entropy of the eigenvalues of XᵀX/n, rows scaled to unit norm (Friedman and Dieng, 2023).
 
     Args:
         x: (n, D).
@@ -86,7 +86,7 @@ def vendi(x: Tensor) -> float:
 
 
 def dispersion(seller: Tensor) -> float:
-    """Geometric mean of the projected standard deviations, √λ̂ᵢ.
+    """Compute the geometric mean of the projected standard deviations, √λ̂ᵢ.
 
     Args:
         seller: λ̂ (κ,), variances.
@@ -95,11 +95,11 @@ def dispersion(seller: Tensor) -> float:
 
 
 def data_dependent_noise(x: Tensor, epsilon: float, delta: float) -> float:
-    """Gaussian noise for a mean, its sensitivity *read off the data*: the noise itself tells of the largest row.
+    """Compute noise for a mean from a sensitivity *read off the data*: its size reveals the largest row.
 
     Args:
         x: (n, κ) what is averaged.
-        epsilon, delta: which it does not keep, in spite of the formula.
+        epsilon, delta: of the formula; the noise does not keep them.
     """
     sensitivity = 2 * float(x.norm(dim=1).max()) / len(x)
     return sensitivity * math.sqrt(2 * math.log(1.25 / delta)) / epsilon
