@@ -36,7 +36,7 @@ MIB = 1 << 20
 
 
 def matrices(entries: int, number: int, device: torch.device, dtype: torch.dtype) -> list[nn.Parameter]:
-    """Make so many matrices of so many entries together, with gradients: rows of at most 4096."""
+    """Make `number` matrices with gradients, `entries` entries in total, rows of at most 4096."""
     each = max(1, entries // number)
     cols = min(4096, 1 << (math.isqrt(each).bit_length() - 1))
     shape = (max(1, each // cols), cols)
@@ -62,7 +62,7 @@ def sweeps(device: torch.device, smoke: bool) -> dict[str, list[tuple[int, int, 
 
 
 def measure(point: tuple[int, int, tuple[str, ...]], device: torch.device, seconds: float) -> list[dict[str, Any]]:
-    """Time one point; what does not fit in memory is said to."""
+    """Time one point; a point that does not fit in memory is reported as such."""
     entries, number, specs = point
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows = []
@@ -98,7 +98,7 @@ def ranks_of(smoke: bool) -> list[dict[str, Any]]:
 
 
 def run_rank(arguments: argparse.Namespace) -> None:
-    """Be one rank: print rows as JSON from rank 0."""
+    """Run one rank; rank 0 prints the rows as JSON."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{arguments.store}", rank=arguments.rank, world_size=arguments.rank_of

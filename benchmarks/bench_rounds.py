@@ -51,7 +51,7 @@ class PlainLoop(LocalTraining):
 
 
 def training(model: str, kind: type[LocalTraining] = LocalTraining) -> LocalTraining:
-    """Make what every device does."""
+    """Return how every device trains."""
     return kind(
         model=make_model(model, image_size=28, num_channels=1, num_labels=10),
         optimizer=partial(torch.optim.SGD, lr=0.1),
@@ -68,7 +68,7 @@ def data_and_parts(folder: str) -> tuple[dict[str, torch.Tensor], list[torch.Ten
 
 
 def simulate(folder: str, model: str, kind: type[LocalTraining], rounds: int) -> list[float]:
-    """Time rounds here."""
+    """Time rounds of the simulator, or of the plain loop."""
     torch.set_num_threads(1 if kind is PlainLoop else THREADS[model])
     data, parts = data_and_parts(folder)
     sim = Simulation(training(model, kind), data, parts)

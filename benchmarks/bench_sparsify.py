@@ -40,7 +40,7 @@ def problem(entries: int, n: int, device: torch.device) -> tuple[torch.Tensor, L
 
 
 def on(path: str, call: Callable[[], Any]) -> Callable[[], None]:
-    """Make a call on one path."""
+    """Return a function that makes a call on one path."""
 
     def run() -> None:
         with harness.environment(SGC_KERNELS=path):

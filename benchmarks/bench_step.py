@@ -88,7 +88,7 @@ def draw(shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype
 
 
 def stepping(spec: str, params: list[nn.Parameter], path: str) -> tuple[Callable[[], None], Callable[[], int]]:
-    """Make an optimizer: gives what makes one step, and what counts its state."""
+    """Make an optimizer; return a function that makes one step and one that counts the bytes of its state."""
     if not spec.startswith("attached"):
         optimizer = peers.make(spec, params, 1e-5).optimizer
 

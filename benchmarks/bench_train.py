@@ -43,7 +43,7 @@ OPTIMIZERS = (
 
 
 def load_model(name: str, device: torch.device) -> tuple[nn.Module, int]:
-    """Give a Llama, and its vocabulary: the small one of the recipes, or a random one of the 1B shape in bf16."""
+    """Return a Llama and its vocabulary size: the recipes' small one, or a random one of the 1B shape in bf16."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     if name == "tiny":
@@ -112,7 +112,7 @@ def main() -> None:
 
 
 def measure(spec: str, model: nn.Module, ids: torch.Tensor, seconds: float) -> dict[str, Any]:
-    """Time whole steps in turns with forward and backward alone, which what disturbs them prolongs as much."""
+    """Time whole steps in turns with forward and backward alone, so that disturbances slow both alike."""
     device = ids.device
     optimizer = peers.make(spec, model, 1e-6).optimizer
 

@@ -36,13 +36,13 @@ def runs(name: str, **wanted: Any) -> Runs:
 
 
 def mean(found: Runs, name: str = "accuracy") -> str:
-    """Write a mean over the seeds."""
+    """Format a mean over the seeds."""
     values = [row[name] for row in found.values()]
     return f"{statistics.fmean(values):.3f}".lstrip("0") if values else "–"
 
 
 def interval(differences: Iterable[float]) -> str:
-    """Write a mean and half of its interval."""
+    """Format a mean and half the width of its interval."""
     values = list(differences)
     if len(values) < 2:
         return "–"
@@ -51,7 +51,7 @@ def interval(differences: Iterable[float]) -> str:
 
 
 def between(one: Runs, other: Runs) -> list[float]:
-    """Give the differences in accuracy, seed by seed."""
+    """Return the differences in accuracy, seed by seed."""
     return [one[seed]["accuracy"] - other[seed]["accuracy"] for seed in sorted(one.keys() & other.keys())]
 
 
@@ -63,7 +63,7 @@ def table(head: list[str], lines: Iterable[list[str]]) -> None:
 
 
 def selection() -> None:
-    """(a): accuracy over J."""
+    """Print the table of claim (a): accuracy over J."""
     numbers = (1, 2, 5, 10, 20, 40)
     lines = []
     for split in ("biased", "iid"):
@@ -85,7 +85,7 @@ def selection() -> None:
 
 
 def antennas() -> None:
-    """(b): accuracy over N_r."""
+    """Print the table of claim (b): accuracy over N_r."""
     numbers = (1, 2, 5, 20, 80)
     ideal = runs("antennas", scheme="ideal")
     for label, csi in (("perfect CSI", 0.0), ("σ̃² = 40", 40.0)):
@@ -102,7 +102,7 @@ def antennas() -> None:
 
 
 def noisy() -> None:
-    """(c): analog against digital."""
+    """Print the table of claim (c): analog against digital."""
     lines = []
     for name, fading in (("flat", federated_sweeps.FLAT), ("64 subchannels", federated_sweeps.SELECTIVE)):
         gaps = {}
@@ -126,7 +126,7 @@ def _minus(a: float, b: float) -> float:
 
 
 def steps() -> None:
-    """(c): accuracy over τ."""
+    """Print the table of claim (c): accuracy over τ."""
     numbers = (1, 3, 10, 30, 100)
     links: list[tuple[str, dict[str, Any]]] = [
         ("all, ideal", {"participants": None, "downlink": "ideal"}),

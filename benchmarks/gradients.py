@@ -45,7 +45,7 @@ def make_model() -> torch.nn.Module:
 
 
 def measure(setting: str) -> dict[str, Any]:
-    """Do two backward passes and a step with one setting, and count."""
+    """Count bytes in two backward passes and a step with one setting."""
     kwargs, attach = SETTINGS[setting]
     model = make_model()
     layer = sum(param.numel() for param in model.model.layers[0].parameters()) * 4

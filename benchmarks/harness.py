@@ -70,7 +70,7 @@ def provenance() -> dict[str, Any]:
 
 
 def rows(name: str) -> list[dict[str, Any]]:
-    """Return the rows of results/NAME.jsonl; what a kill cut off is no row."""
+    """Return the rows of results/NAME.jsonl; a line that a killed process left unfinished is no row."""
     path = RESULTS / f"{name}.jsonl"
     found = map(_whole, path.read_bytes().splitlines()) if path.exists() else ()
     return [row for row in found if row is not None]
@@ -108,7 +108,7 @@ def add_row(name: str, row: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def claim(name: str, cell: str) -> Iterator[bool]:
-    """Claim a cell for this process: yields False where another one, still alive, is measuring it.
+    """Claim a cell for this process; yield False where another live process is measuring it.
 
     The lock is the kernel's and falls with the process, so a killed run leaves nothing to clear.
     """
@@ -142,7 +142,7 @@ def interleave(
     seconds: float = 60.0,
     warm_up: int = 2,
 ) -> dict[str, dict[str, float]]:
-    """Time calls in turns, so that what disturbs one disturbs all; gives ms of each by quantile.
+    """Time calls in turns, so that what disturbs one disturbs all; return ms of each by quantile.
 
     Each call of a round is timed from an idle device to an idle device. On a CPU the seconds that this process computed
     are given too ("cpu_p50"): other processes prolong them less than the time that passes.
@@ -180,7 +180,7 @@ def interleave(
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:
-    """Give p20, p50 and p80 in ms."""
+    """Return p20, p50 and p80 in ms."""
     ordered = sorted(seconds)
     last = len(ordered) - 1
     return {f"p{at}": round(ordered[round(at / 100 * last)] * 1e3, 4) for at in (20, 50, 80)}
@@ -202,7 +202,7 @@ def environment(**changed: str) -> Iterator[None]:
 
 
 def temporaries(call: Callable[[], Any], device: torch.device) -> tuple[int, int]:
-    """Give the bytes of the largest tensor that a call makes, and of all that it holds at once, at most.
+    """Return the bytes of the largest tensor that a call makes, and the most that it holds at once.
 
     What is held before the call does not count. On a GPU the allocator is asked for the second, and the first is 0; on
     a CPU the tensors that torch's operators make are followed.
@@ -271,7 +271,7 @@ def floors(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def device_of(name: str | None) -> torch.device:
-    """Give the device of a name: the GPU where there is one, unless told otherwise."""
+    """Return the device of a name; without a name, the GPU where there is one."""
     import torch
 
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -294,7 +294,7 @@ def fast_path(device: torch.device) -> str | None:
 
 
 def panels(count: int, columns: int) -> tuple[Any, list[Any]]:
-    """Give a figure, and its panels in reading order."""
+    """Return a figure, and its panels in reading order."""
     import matplotlib
 
     matplotlib.use("Agg")

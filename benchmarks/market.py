@@ -120,7 +120,7 @@ class Scored:
         return values | {"mmd": -self.mmd(seller), "random": float(self.random.random())}
 
     def mmd(self, seller: Tensor) -> float:
-        """Squared maximum mean discrepancy, unbiased, with a normal kernel as wide as the buyer's median distance."""
+        """Compute the squared maximum mean discrepancy, unbiased, by a normal kernel of the buyer's median distance."""
 
         def kernel(a: Tensor, b: Tensor) -> Tensor:
             return torch.exp(-torch.cdist(a, b).square() / (2 * self.width**2))
@@ -137,7 +137,7 @@ def done(name: str, **wanted: Any) -> bool:
 
 
 def ranking(args: argparse.Namespace) -> None:
-    """One row per market, encoder and draw: the rank of the right seller by every measure."""
+    """Add a row per market, encoder and draw: the rank of the right seller by every measure."""
     folder = shared_data()
     images, labels = market_data.mnist(folder / "mnist")
     for seed in range(args.draws):
@@ -166,7 +166,7 @@ def ranking(args: argparse.Namespace) -> None:
 
 
 def rank_of(right: str, values: dict[str, float], also_right: frozenset[str]) -> float:
-    """One, and one more for each wrong seller before the right one, a half for each that is level."""
+    """Return 1, plus 1 for each wrong seller before the right one and 1/2 for each that is level with it."""
     wrong = [v for name, v in values.items() if name not in also_right]
     return 1 + sum(v > values[right] for v in wrong) + sum(v == values[right] for v in wrong) / 2
 
@@ -189,7 +189,7 @@ def text_draw(
 
 
 def utility(args: argparse.Namespace) -> None:
-    """One row per encoder and draw: 100 Dirichlet sellers, what training on each gives, and every measure of each."""
+    """Add a row per encoder and draw: 100 Dirichlet sellers, what training on each gives, and every measure of each."""
     from sklearn.linear_model import LogisticRegression
 
     images, labels = market_data.mnist(shared_data() / "mnist")
@@ -244,7 +244,7 @@ def utility(args: argparse.Namespace) -> None:
 
 
 def finetune(args: argparse.Namespace) -> None:
-    """One row per encoder and draw: 40 sellers of mixed texts, what a model gains by each, and every measure."""
+    """Add a row per encoder and draw: 40 sellers of mixed texts, what a model gains by each, and every measure."""
     folder, sellers = shared_data(), min(args.sellers, 40)
     _, tokenizer = language_model()
     encoders = ("stories-gradients", "minilm")
@@ -275,7 +275,7 @@ def finetune(args: argparse.Namespace) -> None:
 
 
 def loss_after(train: list[list[int]], test: list[list[int]], seed: int, epochs: int = 2) -> float:
-    """Fine-tune the language model on some texts; returns its mean loss on others, in nats a token."""
+    """Fine-tune the language model on some texts; return its mean loss on others, in nats a token."""
     torch.manual_seed(seed)
     model, _ = language_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -300,7 +300,7 @@ def padded(ids: list[list[int]]) -> dict[str, Tensor]:
 def knn_shapley(
     test: Tensor, test_labels: np.ndarray, sellers: list[Tensor], labels: list[np.ndarray], k: int = 5
 ) -> list[float]:
-    """Exact Shapley values of a k-nearest-neighbour classifier (Jia et al. 2019, theorem 1), each seller's mean.
+    """Compute exact Shapley values of a k-nearest-neighbour classifier (Jia et al. 2019, theorem 1): sellers' means.
 
     All rows and labels must be in one place for it.
     """
@@ -327,7 +327,7 @@ AUDIT = 2  # of the audit's version, in every row
 
 
 def honesty_of(args: argparse.Namespace) -> None:
-    """One row per draw: which tests accuse which liars and which honest sellers."""
+    """Add a row per draw: which tests accuse which liars and which honest sellers."""
     import sklearn.datasets
 
     digits = torch.from_numpy(sklearn.datasets.load_digits().data / 16).float()
@@ -364,7 +364,7 @@ def honesty_of(args: argparse.Namespace) -> None:
 
 
 def noisy(response: SellerResponse, epsilon: float | None, generator: torch.Generator) -> SellerResponse:
-    """Add the noise that a budget takes, as liars will who want to look like the others."""
+    """Add the noise that a budget takes, as a liar would to look like the others."""
     if epsilon is None:
         return response
     ratio = privacy.gaussian_ratio(epsilon, 1e-6)
@@ -424,7 +424,7 @@ def lie(name: str, query: BuyerQuery, key: BuyerKey, i: int, x: Tensor, generato
 
 
 def speed(args: argparse.Namespace) -> None:
-    """One row per size: an answer's time against one product of the data with the directions; medians, interleaved.
+    """Add a row per size: an answer's time against one product of the data with the directions; medians, interleaved.
 
     The ratio is of processor time on one thread, which what else the machine does disturbs less than time on the clock.
     """
@@ -560,7 +560,7 @@ def plot(args: argparse.Namespace) -> None:
 def spearman_interval(
     found: list[dict[str, Any]], name: str, less: str | None = None, draws: int = 1000
 ) -> tuple[float, float, float]:
-    """Mean over draws of the market of Spearman's correlation with utility, and its 95 % bootstrap over sellers.
+    """Compute Spearman's correlation with utility, mean over draws of the market, and its 95 % bootstrap over sellers.
 
     Args:
         found: rows.

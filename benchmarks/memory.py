@@ -49,7 +49,7 @@ def _llama(hidden: int, layers: int, vocabulary: int, inner: int) -> dict[str, A
     return {"model_type": "llama", "tie_word_embeddings": False, **sizes, **more}
 
 
-# Rows are found by these names, which say too much: the models have 1.1M, 17M and 134M parameters.
+# Rows are found by these names, which overstate: the models have 1.1M, 17M and 134M parameters.
 MODELS: dict[str, dict[str, Any]] = {
     "llama-1m": _llama(128, 4, 1024, 384),
     "llama-20m": _llama(384, 6, 8192, 1024),
@@ -73,7 +73,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Say what it is, for the lock of a cell."""
+        """Return the cell's name, for its lock."""
         return "-".join(str(value) for value in asdict(self).values())
 
 
@@ -114,7 +114,7 @@ SUITES: dict[str, list[Cell]] = {
 
 
 def measure(cell: Cell, snapshot: Path | None = None) -> dict[str, Any]:
-    """Make training steps and give what they held; running out of memory is a result, too."""
+    """Make training steps and return what they held; running out of memory is a result, too."""
     try:
         if cell.limit:
             _limit(cell.device, parse_bytes(cell.limit))
@@ -178,7 +178,7 @@ def _config(name: str) -> Any:
 
 @torch.no_grad()
 def _randomize(model: nn.Module) -> None:
-    """Give weights of the usual size: norms 1, biases 0, the rest of deviation 0.02."""
+    """Set weights to the usual size: norms 1, biases 0, the rest of deviation 0.02."""
     for name, param in model.named_parameters():
         if param.dim() > 1:
             param.normal_(std=0.02)
@@ -221,7 +221,7 @@ def _tracked_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Ten
 
 
 def _thinned(moments: list[Held]) -> list[list[int]]:
-    """Keep the highest of every so many moments."""
+    """Thin a curve: keep the highest of each group of moments."""
     size = max(1, -(-len(moments) // POINTS))
     return [list(max(moments[at : at + size], key=lambda held: held.total)) for at in range(0, len(moments), size)]
 
@@ -256,7 +256,7 @@ def _most_state(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _limit(device: str, size: int) -> None:
-    """Allow this process so much memory: on a CPU of what it maps beyond now, on a GPU of the allocator's."""
+    """Limit the memory of this process: on a CPU what it maps beyond now, on a GPU what the allocator takes."""
     if device == "cuda":
         torch.cuda.set_per_process_memory_fraction(size / torch.cuda.get_device_properties(0).total_memory)
     else:
@@ -265,12 +265,12 @@ def _limit(device: str, size: int) -> None:
 
 
 def _process_peak(device: str) -> int:
-    """Give the most that the process has held of the machine's memory, or of the GPU's as its allocator sees it."""
+    """Return the most that the process has held of the machine's memory, or of the GPU's by its allocator."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
 
 
 def _reset_peak(device: str) -> int:
-    """Begin to look for the peak anew, and give what is held now."""
+    """Reset the peak, and return what is held now."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -286,7 +286,7 @@ def _status(name: str) -> int:
 
 
 def _allocator(device: str) -> dict[str, int]:
-    """Give what the GPU's allocator has taken from the driver, fragmentation counted."""
+    """Return what the GPU's allocator has taken from the driver, fragmentation counted."""
     return {"reserved_bytes": torch.cuda.max_memory_reserved()} if device == "cuda" else {}
 
 
@@ -324,7 +324,7 @@ def run(cells: list[Cell], snapshot: Path | None = None) -> None:
 
 
 def done() -> dict[Cell, dict[str, Any]]:
-    """Give the newest row of every cell."""
+    """Return the newest row of every cell."""
     names = Cell.__dataclass_fields__
     return {Cell(**{name: row[name] for name in names}): row for row in rows(NAME)}
 
@@ -341,7 +341,7 @@ def _in_subprocess(cell: Cell, snapshot: Path | None) -> dict[str, Any]:
 
 
 def _planned(cell: Cell) -> dict[str, Any]:
-    """Give what the planner says of the same step."""
+    """Return what the planner predicts for the same step."""
     found = plan(
         _config(cell.model),
         batch_size=cell.batch_size,

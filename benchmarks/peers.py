@@ -43,14 +43,14 @@ class Given(NamedTuple):
     weight_decay: float
 
     def whole_model(self, name: str) -> nn.Module:
-        """Give the model, or refuse bare parameters."""
+        """Return the model; raise for bare parameters."""
         if self.model is None:
             raise ValueError(f"{name} changes the model, so it needs one, got bare parameters")
         return self.model
 
 
 def parse(spec: str) -> tuple[str, dict[str, Any]]:
-    """Take a spec such as "sgc(sketch_size=8)" apart: ("sgc", {"sketch_size": 8}).
+    """Parse a spec such as "sgc(sketch_size=8)": ("sgc", {"sketch_size": 8}).
 
     Raises:
         ValueError: it is neither a name nor a name with keyword arguments that are literals.
@@ -367,7 +367,7 @@ def make(
 
 
 def why_not(name: str) -> str | None:
-    """Say why an optimizer of MAKERS cannot be used here, or None where it can."""
+    """Return why an optimizer of MAKERS cannot be used here, or None where it can."""
     package = MAKERS[name].package
     try:
         with warnings.catch_warnings():
@@ -406,7 +406,7 @@ def head_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _split(given: Given, rank: int = 0) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Tell matrices inside layers (of bare parameters, all) with more than `rank` rows and columns from the rest."""
+    """Split off matrices inside layers (of bare parameters, all) with more than `rank` rows and columns."""
     found = lowrank_matrices(given.model) if given.model is not None else [p for p in given.params if p.dim() == 2]
     chosen = {id(param): param for param in found if min(param.shape) > rank}
     return list(chosen.values()), [param for param in given.params if id(param) not in chosen]
@@ -458,7 +458,7 @@ def _plain(tensor: Tensor) -> Iterable[Tensor]:
 
 
 def main() -> None:
-    """Say which optimizers can be used here."""
+    """Print which optimizers can be used here."""
     for name, peer in MAKERS.items():
         print(f"{name:14} {peer.package:18} {why_not(name) or 'installed':10} {peer.source}")
 

@@ -88,7 +88,7 @@ def tidy(axis: Any) -> None:
 
 
 def draw_front(plt: Any, suites: list[Suite], found: list[Row]) -> Any:
-    """Score against bytes of state, one panel per setting, the Pareto front as steps."""
+    """Draw score against bytes of state, one panel per setting, the Pareto front as steps."""
     panels = [(suite, setting) for suite in suites for setting in suite.settings if points(found, setting, suite)]
     width = min(len(panels), 2)
     height = -(-len(panels) // width)
@@ -123,7 +123,7 @@ def draw_front(plt: Any, suites: list[Suite], found: list[Row]) -> Any:
 
 
 def draw_sizes(plt: Any, suites: list[Suite], found: list[Row]) -> Any:
-    """Test loss against k, s, n and the seed of A, one changed at a time."""
+    """Draw test loss against k, s, n and the seed of A, one changed at a time."""
     suite = SUITES["sensitivity"]
     (rate,), setting = suite.rates_of("instruct", "sgc()"), suite.settings[0]
     loss = {
@@ -162,7 +162,7 @@ def draw_sizes(plt: Any, suites: list[Suite], found: list[Row]) -> Any:
 
 
 def draw_recovery(plt: Any, suites: list[Suite], found: list[Row]) -> Any:
-    """Recovery error over training: the share of the sketch that the recovered update leaves unexplained."""
+    """Draw recovery error over training: the share of the sketch that the recovered update leaves unexplained."""
     with_errors = [row for row in found if row.get("recovery_errors")]
     settings = list(dict.fromkeys(setting_of(row) for row in with_errors))
     if not settings:
@@ -187,7 +187,7 @@ def draw_recovery(plt: Any, suites: list[Suite], found: list[Row]) -> Any:
 
 
 def draw_time(plt: Any, suites: list[Suite], found: list[Row]) -> Any:
-    """Training loss against processor seconds of one core, at each optimizer's best rate, mean over seeds."""
+    """Draw training loss against processor seconds of one core, at each optimizer's best rate, mean over seeds."""
     panels = [(suite, setting) for suite in suites for setting in suite.settings]
     figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.4), squeeze=False)
     for axis, (suite, setting) in zip(axes[0], panels, strict=True):

@@ -70,7 +70,7 @@ class Cell(NamedTuple):
 
     @property
     def setting(self) -> Setting:
-        """Give what is the same for every optimizer."""
+        """Return what is the same for every optimizer."""
         return Setting(self.task, self.steps, self.batch_size, self.train_rows, self.length)
 
 
@@ -180,7 +180,7 @@ def run_cells(
     pace: Pace | None = None,
     until: float = math.inf,
 ) -> None:
-    """Run the cells that nobody has run or is running, and say how long it will take.
+    """Run the cells that nobody has run or is running, and print how long it will take.
 
     Args:
         cells: to run.
@@ -244,7 +244,7 @@ class Pace:
         ]
 
     def note(self, cell: Cell, seconds: float) -> None:
-        """Take in what a cell took."""
+        """Record how long a cell took."""
         self.noted += 1
         self.seen.append((cell.optimizer, cell.setting, seconds))
 
@@ -320,7 +320,7 @@ def pieces(cells: list[Cell], pace: Pace, seconds: float) -> list[list[Cell]]:
 
 
 def costs(suite: Suite, result: str = RESULT, minutes: float = PIECE_MINUTES) -> str:
-    """Say how long the missing runs will take, piece by piece."""
+    """Return how long the missing runs will take, piece by piece."""
     pace, cells = Pace(result), to_come(suite, result)
     lines = [
         f"{name}: its model is pretrained first, {steps} steps, half an hour at most"
@@ -365,7 +365,7 @@ def run_suite(
 
 
 def report(suite: Suite, result: str = RESULT) -> str:
-    """Draw the tables, and say what is missing."""
+    """Return the tables, and what is missing, as Markdown."""
     known = found(result)
     parts = [table(suite, known), rate_table(suite, known)]
     if left := to_come(suite, result):

@@ -91,7 +91,7 @@ class Suite(NamedTuple):
     seeds: tuple[int, ...] = SEEDS
 
     def rates_of(self, task: str, optimizer: str) -> tuple[float, ...]:
-        """Give the learning rates that an optimizer chooses from on a task."""
+        """Return the learning rates that an optimizer chooses from on a task."""
         kind = "encoder" if task in ENCODER else "tiny-llama" if task.startswith("tiny-llama:") else "llama"
         table = RATES.get(task, RATES[kind]) if self.rates is None else self.rates
         return table.get(parse(optimizer)[0], table[""])

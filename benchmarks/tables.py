@@ -112,7 +112,7 @@ def together(found: list[Row], setting: Setting, names: tuple[str, ...], suite: 
 
 
 def on_front(points: dict[str, tuple[float, float]]) -> set[str]:
-    """Name the points (bytes, score) than which no other has a higher score with no more bytes."""
+    """Return the names of the points (bytes, score) that no other beats in score with no more bytes."""
     return {
         name
         for name, (size, value) in points.items()
@@ -153,7 +153,7 @@ def table(suite: Suite, found: list[Row]) -> str:
 
 
 def points(found: list[Row], setting: Setting, suite: Suite) -> dict[str, tuple[float, float]]:
-    """Give (bytes of state, mean score) of every optimizer that has run."""
+    """Return (bytes of state, mean score) of every optimizer that has run."""
     runs = {name: best_runs(found, setting, name, suite) for name in suite.optimizers}
     return {
         name: (max(row["state_bytes"] for row in mine), statistics.fmean(row["metric"] for row in mine))
@@ -212,7 +212,7 @@ def _mean_over_settings(found: list[Row], name: str, beside: tuple[str, ...], su
 
 
 def rate_table(suite: Suite, found: list[Row]) -> str:
-    """Draw what the first seed's learning rate is chosen by, rate by rate, and say which is best and where it lies.
+    """Return a table of what the first seed's learning rate is chosen by, with the best rate and where it lies.
 
     That is the score on the validation split, or on the test split where ‡ says so.
     """

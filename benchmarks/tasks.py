@@ -39,7 +39,7 @@ class Task(Protocol):
     """What `quality.py` asks of a task."""
 
     def model(self, seed: int) -> nn.Module:
-        """Give the model at its start; what is drawn, such as a head, by the seed."""
+        """Return the model at its start; the seed draws what is new in it, such as a head."""
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
         """Draw training batches for ever, every epoch in a new order."""
@@ -374,7 +374,7 @@ class Finetuning:
         self.device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
     def model(self, seed: int) -> nn.Module:
-        """Load the model; what is drawn, such as a head, by the seed."""
+        """Load the model; the seed draws what is new in it, such as a head."""
         _quiet()
         args = copy.copy(self.args)
         args.seed = seed
