@@ -122,17 +122,26 @@ def draw_map(ranked: list[Ranked], path: Path) -> None:
     plt.close(figure)
 
 
+def embed(args: argparse.Namespace, extractor: Extractor, rows: Iterable[Any], source: str) -> torch.Tensor:
+    """Embed one side's rows (n, D); an error names their source."""
+    options = {"columns": args.column, "cache": args.cache, "progress": sys.stderr.isatty()}
+    return torch.cat(list(naming(batches(extractor, rows, **options), source)))
+
+
+def write(folder: Path, result: dict[str, Any], ranked: list[Ranked]) -> None:
+    """Write market.json and market.png into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "market.json", lambda part: part.write_text(json.dumps(result, indent=1)))
+    draw_map(ranked, folder / "market.png")
+    print(f"{folder / 'market.json'} and {folder / 'market.png'}")
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     buyer, sellers, extractor = open_market(args)
-    options = {"columns": args.column, "cache": args.cache, "progress": sys.stderr.isatty()}
-    rows = torch.cat(list(naming(batches(extractor, buyer, **options), args.dataset or "the buyer's")))
+    rows = embed(args, extractor, buyer, args.dataset or "the buyer's")
     query, key = make_query(rows, extractor.encoder, directions=args.directions)
     second_query, second_key = make_query(rows, extractor.encoder, directions=args.directions)
-    sources = {name: getattr(part, "source", name) for name, part in sellers.items()}
-    embedded = {
-        name: torch.cat(list(naming(batches(extractor, part, **options), sources[name])))
-        for name, part in sellers.items()
-    }
+    embedded = {name: embed(args, extractor, part, getattr(part, "source", name)) for name, part in sellers.items()}
     demo = not args.dataset and not args.texts
     if demo:
         embedded[COPYCAT] = rows
@@ -167,11 +176,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"{len(names)} sellers answered two queries in {answered:.2f} s; an answer has {sent / 1024:.1f} KiB, "
         f"a query {query.directions.numel() * 4 / 1024:.1f} KiB"
     )
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     result = {"encoder": extractor.encoder.name, "buyer_rows": len(rows), **cli.record(ranked, findings, bought)}
-    write_atomically(args.output_dir / "market.json", lambda part: part.write_text(json.dumps(result, indent=1)))
-    draw_map(ranked, args.output_dir / "market.png")
-    print(f"{args.output_dir / 'market.json'} and {args.output_dir / 'market.png'}")
+    write(args.output_dir, result, ranked)
     return result
 
 

@@ -85,7 +85,7 @@ class PixelFeatures:
 
 
 class HuggingFaceFeatures:
-    """Vectors of a Hugging Face encoder for text or images, pooled as the model wants.
+    """Vectors of a Hugging Face encoder for text or images, pooled as suits the model.
 
     Args:
         name: on the hub, or a folder.
@@ -101,8 +101,8 @@ class HuggingFaceFeatures:
         trust_remote_code: run Python code that comes with the model; without it, a model that needs some is refused.
 
     Raises:
-        ValueError: a pooling that the model hasn't got, or a model that can't be opened, or is neither for text nor for
-            images.
+        ValueError: a pooling that the model does not have, a model that can't be opened, or one that reads neither text
+            nor images.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Rows → vectors: an extractor feeds on any data set, streaming, with a cache on disk.
+"""Rows → vectors: any data set through an extractor, streaming, with a cache on disk.
 
 An extractor has a fingerprint (`encoder`), which goes into the query and is compared, and `embed(rows)`. Files of the
 cache are named by digests of encoder and content: rows that were embedded by this encoder are not embedded again,
@@ -84,7 +84,7 @@ def batches(
 
 
 def naming(stream: Iterable[Tensor], source: str) -> Iterator[Tensor]:
-    """Name the data in what is wrong with their vectors, and refuse data without a row.
+    """Yield the vectors of `batches`; an error about them names the data, and data without a row are an error.
 
     Args:
         stream: of `batches`.

@@ -18,7 +18,7 @@ class Encoder:
 
     Args:
         name: for people; not compared.
-        digest: hexadecimal SHA-256 of all that decides about the vectors (weights, configuration, preprocessing).
+        digest: hexadecimal SHA-256 of all that determines the vectors (weights, configuration, preprocessing).
         pooling: how a row's hidden states become one vector.
         normalize: whether rows have unit norm.
         dimension: D.
@@ -37,7 +37,7 @@ class Encoder:
         return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
 
     def check(self, other: Encoder) -> None:
-        """Raise ValueError with a sentence where another fingerprint differs from this one."""
+        """Raise ValueError where another fingerprint differs from this one."""
         for field in fields(self):
             wanted, got = getattr(self, field.name), getattr(other, field.name)
             if field.name != "name" and wanted != got:
@@ -48,7 +48,7 @@ class Encoder:
 
 
 def digest_of(description: dict[str, Any], state: dict[str, Tensor] | None = None) -> str:
-    """Compute SHA-256 of what decides about the vectors: settings, and weights by name, type, shape and bytes."""
+    """Compute SHA-256 of what determines the vectors: settings, and weights by name, type, shape and bytes."""
     digest = hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode())
     for name, weight in sorted((state or {}).items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
@@ -57,7 +57,7 @@ def digest_of(description: dict[str, Any], state: dict[str, Tensor] | None = Non
 
 
 def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
-    """Return all that decides which tokens a text becomes: vocabulary, merges, normalisation, special tokens."""
+    """Return all that determines which tokens a text becomes: vocabulary, merges, normalisation, special tokens."""
     settings: dict[str, Any] = {
         "tokenizer": type(tokenizer).__name__,
         "vocabulary": sorted(tokenizer.get_vocab().items()),
@@ -73,7 +73,7 @@ def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
 
 
 def config_settings(config: Any) -> dict[str, Any]:
-    """Return the part of a model's configuration that decides about its vectors."""
+    """Return the part of a model's configuration that determines its vectors."""
     passing = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "id2label", "label2id")
     return {name: value for name, value in config.to_dict().items() if name not in passing}
 

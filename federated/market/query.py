@@ -140,7 +140,7 @@ def _random_rotation(k: int, generator: torch.Generator | None) -> Tensor:
 
 
 def collect(query: BuyerQuery, batches: Iterable[Tensor], encoder: Encoder) -> Moments:
-    """Compute a seller's moments for a query, batch by batch, checked.
+    """Compute a seller's moments for a query, batch by batch, and check them.
 
     Args:
         query: the buyer's.

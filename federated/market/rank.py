@@ -24,7 +24,7 @@ from federated.market.moments import Moments
 from federated.market.score import Score, draw
 from sgc.checks import rate, whole
 
-ROUNDING = 1e-12  # of prices and budgets, relative; a gain of less is none
+ROUNDING = 1e-12  # of prices and budgets, relative; a smaller gain counts as none
 CREDIT = 10.0  # rows a seller is credited with, over the buyer's: the more, the less a second of a kind is worth
 MOST_DRAWN = 1 << 24  # numbers that one side's draws may have, for memory's sake
 
@@ -69,7 +69,7 @@ def rank(
     """Rank sellers, best first, with ranks' confidence intervals that hold for all sellers at once.
 
     A rank's interval comes from pairs: a seller is at best behind all that are better beyond doubt, and at worst before
-    all that are worse beyond doubt, doubt being judged by the largest studentised difference over all pairs in a
+    all that are worse beyond doubt; doubt is judged by the largest studentised difference over all pairs in a
     parametric bootstrap (Mogstad, Romano, Shaikh, Wilhelm, Review of Economic Studies 2024). The buyer's draws are the
     same for every seller, so what its own sampling does to all of them alike is no doubt about their order.
 

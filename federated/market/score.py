@@ -80,8 +80,8 @@ def score(
 ) -> Score:
     """Score one seller: the measure and its standard error.
 
-    The error is what other samples would scatter by. It doesn't have in it that sampling lowers every seller's score
-    alike, so it serves to compare sellers, not to tell a score from 1.
+    The error is how far scores of other samples scatter. It leaves out that sampling lowers every seller's score alike,
+    so it serves to compare sellers, not to judge how far a score is from 1.
 
     Args:
         buyer: its moments along the directions.

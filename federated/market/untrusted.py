@@ -1,4 +1,4 @@
-"""Reading what a stranger sent: sizes, types and bounds are checked, and a fault is a ValueError with a sentence."""
+"""Read what a stranger sent: sizes, types and bounds are checked, and a fault is a ValueError with a sentence."""
 
 from __future__ import annotations
 
