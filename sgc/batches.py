@@ -40,14 +40,14 @@ class Batches:
         self.skipped = 0  # tensors left out so far because their gradients were not finite
 
     def split(
-        self, views: Sequence[View], state: Any, rates_of: Callable[[View], tuple[Rates, int]]
+        self, views: Sequence[View], state: Any, rates_of: Callable[[View], Rates]
     ) -> tuple[list[View], dict[torch.device, list[TensorUpdate]]]:
         """Take out the tensors that kernels update together.
 
         Args:
             views: of all whole tensors of a step.
             state: of the optimizer, by tensor.
-            rates_of: gives the rates of a tensor, `t` not counted, and the seed of its stochastic rounding.
+            rates_of: gives the rates of a tensor, `t` left out.
 
         Returns:
             The other views; and what `update` is to be called with.
@@ -64,7 +64,7 @@ class Batches:
                 taken.setdefault(one.weight.device, []).append(one)
         return rest, taken
 
-    def _taken(self, view: View, rates_of: Callable[[View], tuple[Rates, int]]) -> TensorUpdate | None:
+    def _taken(self, view: View, rates_of: Callable[[View], Rates]) -> TensorUpdate | None:
         """Return what a batch needs to update a tensor, or None where it can't."""
         if type(view) is not View or type(view.gradient) is not Tensor or not view.weight.numel():
             return None
@@ -82,7 +82,8 @@ class Batches:
                 return None  # the stages warn why, each for itself
         if why_not is not None and not backends.choose("apply", view.weight.device, why_not).fused:
             return None
-        (lr, decay, eps, betas, _), seed = rates_of(view)
+        lr, decay, eps, betas, _ = rates_of(view)
+        seed = view.tools.seed
         if "step" not in self._state[view.key]:
             self._unborn[view.key] = None
         stochastic = view.group["stochastic_rounding"]

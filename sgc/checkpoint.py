@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from sgc.arguments import CONFIGURATION, FACTOR, check_group
+from sgc.backward.compressor import Compressor
 from sgc.checks import plain, rate, shown, whole
 from sgc.parallel.home import PENDING, Home
 
@@ -16,17 +17,19 @@ class Loading:
     """A checkpoint on its way into an optimizer.
 
     Args:
-        homes: of every tensor of the optimizer, by number.
+        homes: gives those of all tensors of the optimizer, in the order of their numbers.
         groups: of the optimizer.
-        attached: whether gradients are compressed.
+        compressor: of gradients, or None.
     """
 
-    def __init__(self, homes: Mapping[int, Home], groups: list[dict[str, Any]], attached: bool) -> None:
-        self._homes, self._groups, self._attached = homes, groups, attached
-        self.own: dict[int, dict[str, Any]] = {}  # state that is ours, by the number of its tensor
-        self.pending: dict[int, Tensor] = {}  # compressed gradients
+    def __init__(
+        self, homes: Callable[[], list[Home]], groups: list[dict[str, Any]], compressor: Compressor | None
+    ) -> None:
+        self._homes_of, self._groups, self._compressor = homes, groups, compressor
+        self._own: dict[int, dict[str, Any]] = {}  # state that is ours, by the number of its tensor
+        self._pending: dict[int, Tensor] = {}  # compressed gradients
 
-    def take_own(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def take_own(self, _: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Judge a checkpoint and take out what is ours; torch casts what it loads to the parameter's dtype.
 
         Returns:
@@ -36,26 +39,29 @@ class Loading:
             ValueError: it is damaged, of another configuration, or holds a tensor of another shape or dtype.
             TypeError: a hyperparameter in it is of another kind.
         """
-        state_dict = self._checked(state_dict)
+        homes = dict(enumerate(self._homes_of()))
+        state_dict = self._checked(state_dict, homes)
         others = {}
         for number, held in state_dict["state"].items():
-            if number not in self._homes:
+            if number not in homes:
                 others[number] = held  # of any kind
                 continue
-            names = self._homes[number].own_names(held)
+            names = homes[number].own_names(held)
             if PENDING in names:
-                self.pending[number] = held[PENDING]
-            self.own[number] = {name: value for name, value in held.items() if name in names and name != PENDING}
+                self._pending[number] = held[PENDING]
+            self._own[number] = {name: value for name, value in held.items() if name in names and name != PENDING}
             others[number] = {name: value for name, value in held.items() if name not in names} if names else held
         return {**state_dict, "state": others}
 
-    def put_own(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Put what is ours into the state of an optimizer, by tensor."""
-        for number, home in self._homes.items():
-            if self.own.get(number):
-                state[home.param].update(home.load(self.own[number]))
+    def put_own(self, optimizer: Any) -> None:
+        """Put what is ours into the state of the optimizer, which torch has loaded."""
+        for number, home in enumerate(self._homes_of()):
+            if self._own.get(number):
+                optimizer.state[home.param].update(home.load(self._own[number]))
+        if self._compressor is not None:
+            self._compressor.restore(self._pending)
 
-    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _checked(self, state_dict: dict[str, Any], homes: Mapping[int, Home]) -> dict[str, Any]:
         """Return a checkpoint, all of it judged, with numbered parameters and whole groups."""
         groups, state = state_dict.get("param_groups"), state_dict.get("state")
         if not isinstance(groups, list | tuple) or not isinstance(state, dict) or not all(map(_is_group, groups)):
@@ -70,15 +76,15 @@ class Loading:
         checked = [_checked_group(number, own, saved) for number, (own, saved) in enumerate(pairs)]
         for number, held in state_dict["state"].items():
             if isinstance(number, int):
-                if number not in self._homes:
+                if number not in homes:
                     raise ValueError(f"the checkpoint holds a state of parameter {number}, its groups have no such one")
-                self._check_state(self._homes[number], held)
+                self._check_state(homes[number], held)
         return {**state_dict, "param_groups": checked}
 
     def _check_state(self, home: Home, held: Any) -> None:
         if not isinstance(held, dict):
             raise ValueError(f"the state of {home.name} should be a dict, the checkpoint holds {shown(held)}")
-        if PENDING in held and not self._attached:
+        if PENDING in held and self._compressor is None:
             raise ValueError(
                 "the checkpoint was written in the middle of an accumulation and holds compressed gradients: call "
                 "optimizer.attach(model) before it is loaded"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,8 +13,9 @@ from sgc.surroundings import has_numbers
 from sgc.views import View
 
 
-def check_gradient(param: Tensor, gradient: Tensor, name_of: Callable[[Tensor], str]) -> None:
+def check_gradient(param: Tensor, gradient: Tensor | None, name_of: Callable[[Tensor], str]) -> None:
     """Raise TypeError unless a gradient is dense, real and floating-point, and its tensor one that can be trained."""
+    assert gradient is not None  # tensors without one take no part
     if gradient.layout is not torch.strided:
         raise TypeError(f"SGC needs dense gradients, {name_of(param)} has one in layout {gradient.layout}")
     if not gradient.is_floating_point():
@@ -33,6 +35,18 @@ def check_numbers(param: Tensor, gradient: Tensor, name_of: Callable[[Tensor], s
             f"SGC needs the numbers of what it trains, and {name_of(param)} or its gradient is only a shape "
             "(a meta or fake tensor): put the model on a device, as by model.to_empty, before the optimizer is made"
         )
+
+
+def warn_if_idle(params: Sequence[Tensor]) -> bool:
+    """Warn where no step will ever move anything, and return whether that is so."""
+    if not params or any(param.requires_grad for param in params):
+        return False
+    warnings.warn(
+        f"SGC trains nothing: none of its {len(params)} parameters requires a gradient. Make the optimizer after "
+        "adapters are added to the model, or let parameters require gradients",
+        stacklevel=7,
+    )
+    return True
 
 
 def norms_of(views: Sequence[View]) -> dict[View, float]:

@@ -618,7 +618,9 @@ def _say_unloaded(optimizer: SGC, state: TrainerState) -> None:
     given = {id(param) for params in optimizer._given for param in params}
     if not params or not all(hasattr(param, "to_local") or id(param) in given for param in params):
         return  # DeepSpeed loads its partitions by itself, and warns of what is missing
-    counted = any(group["steps"] for group in optimizer.param_groups) and not optimizer._steps  # since it was loaded
+    counted = (
+        any(group["steps"] for group in optimizer.param_groups) and not optimizer._loop.steps
+    )  # since it was loaded
     if state.global_step and not counted:
         _logger.warning(
             "training goes on at step %d, but the optimizer has loaded no state and begins anew: the checkpoint lacks "
@@ -760,7 +762,7 @@ def _state_parts(optimizer: SGC) -> dict[str, int]:
         for component, names in COMPONENTS.items():  # of DeepSpeed's partitions, "7.row"
             found = [tensor for name, tensor in held.items() if name.rpartition(".")[2] in names]
             parts[component] += sum(tensor.numel() * tensor.element_size() for tensor in found)
-    parts["projection"] = sum(projection.bytes() for projection in optimizer._projections.values())
+    parts["projection"] = sum(projection.bytes() for projection in optimizer._loop.projections.values())
     return {**parts, "probes": optimizer.state_bytes() - sum(parts.values())}
 
 

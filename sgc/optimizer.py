@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,25 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from sgc.arguments import CONFIGURATION, FACTOR, check_group, check_param, rates_of, warn_small_sketch
+from sgc.arguments import FACTOR, check_group, check_param, warn_small_sketch
 from sgc.backward.compressor import Compressor
-from sgc.backward.gradient import CompressedGradient
-from sgc.backward.view import HeldView
-from sgc.batches import Batches
 from sgc.budget import fit
 from sgc.checkpoint import Loading, kept_state, saved_form
 from sgc.checks import shown
-from sgc.codec.project import Projection, mix
-from sgc.gradients import check_gradient, check_numbers, norms_of
-from sgc.moments import Rates, update_scale
-from sgc.parallel import harnesses, ranks
+from sgc.codec.project import Projection
+from sgc.gradients import check_gradient, warn_if_idle
+from sgc.loop import StepLoop, state_of
+from sgc.parallel import ranks
 from sgc.parallel.fsdp2 import local
 from sgc.parallel.home import Given, Home
-from sgc.probes import Probes
-from sgc.state import DTYPES, NAMES, projection_bytes
-from sgc.step import finish, update
+from sgc.state import projection_bytes
 from sgc.surroundings import shielded
-from sgc.views import Tools, View
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -119,11 +111,6 @@ class SGC(torch.optim.Optimizer):
 
     def _start(self) -> None:
         """Make what is not part of a checkpoint."""
-        self._projections: dict[tuple[int, int], Projection] = {}
-        self._probes = Probes()
-        self._steps = 0
-        self._batches = Batches(self._probes)
-        self._judged: dict[Tensor, tuple[Any, ...]] = {}  # for what shape and sizes a state was found to be right
         self._compared = False
         self._presence: ranks.Presence | None = getattr(self, "_presence", None)
         if self._presence is None and self.check_ranks and ranks.several():
@@ -132,10 +119,10 @@ class SGC(torch.optim.Optimizer):
         self._idle_said = False
         self._given: Given = getattr(self, "_given", None) or Given()
         self._given.look()
-        self._harnesses = harnesses(self._given)
+        self._loop = StepLoop(self._given)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._settle()
+        self._loop.batches.settle()
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -208,7 +195,7 @@ class SGC(torch.optim.Optimizer):
 
         Source: ours.
         """
-        self._settle()
+        self._loop.batches.settle()
         if self._compressor is not None:
             self._compressor.remove()
             self._compressor = None
@@ -260,136 +247,16 @@ class SGC(torch.optim.Optimizer):
         for group in self.param_groups:  # schedulers and users write into them
             check_group(group)
         if self._compressor is not None:
-            self._collect(self._compressor)
+            self._compressor.collect()
         homes = [self._home(*one) for one in self._numbered() if one[1].grad is not None]
         for home in homes:
-            self._check_gradient(home.param, home.param.grad)
-        if not homes:
-            self._say_if_idle()
-        homes = self._begin(homes)
-        work = [(home, self._views(home)) for home in homes]
-        parts = [(home, views) for home, views in work if home.harness is not None]
-        for harness in self._harnesses:
-            harness.measure([(home, views) for home, views in parts if home.harness is harness])
-        self._settle(wait=False)
-        whole, taken = self._batches.split(
-            [view for home, views in work if home.harness is None for view in views], self.state, self._unmoved_rates
-        )
-        if whole or parts:
-            self._settle()
-        norms = norms_of([*whole, *(view for _, views in parts for view in views)])
-        for view in whole:
-            if self._moves(view, norms[view]):
-                self._probes.look(view, finish(update(view, self._next_rates(view))))
-        for harness in self._harnesses:
-            moving = [
-                (home, {view: update(view, self._next_rates(view)) for view in views if self._moves(view, norms[view])})
-                for home, views in parts
-                if home.harness is harness
-            ]
-            for view, found in harness.run(moving).items():
-                self._probes.look(view, found)
-        self._batches.update(taken, list(norms.values()), seen_whole=not any(home.flat for home in homes))
-
-    def _begin(self, homes: list[Home]) -> list[Home]:
-        """Count a step, and return the tensors that take part in it: DeepSpeed steps for one partition at a time."""
-        flat = [home for home in homes if home.flat]
-        if flat:
-            for home in flat:
-                home.group["steps"] += 1
-                self._steps = home.group["steps"]
-                self._probes.begin(self._steps)
-            return flat
-        for home in homes:
-            self._check_sizes(home)
-        self._steps += 1
-        self._probes.begin(self._steps)
-        for group in self.param_groups:
-            group["steps"] += 1
-        return homes
-
-    def _collect(self, compressor: Compressor) -> None:
-        """Have compressed gradients ready for the step."""
-        here = {param for _, param, _ in self._numbered()}
-        if not compressor.slots.keys() <= here and not all(id(param) in self._given.ids for param in here):
-            raise RuntimeError(
-                "parameters were replaced after optimizer.attach(model), as FSDP does: compressed gradients need "
-                "whole ones, and sharded parameters have sharded gradients already"
-            )
-        if self.check_ranks:
-            compressor.check_ranks()
-        compressor.collect()
+            check_gradient(home.param, home.param.grad, self._name_of)
+        if not homes and not self._idle_said:
+            self._idle_said = warn_if_idle([param for _, param, _ in self._numbered()])
+        self._loop.run(homes, self.param_groups, self.state)
 
     def _home(self, number: int, param: Tensor, group: dict[str, Any]) -> Home:
-        """Find where a tensor lies: whole here, unless a harness holds parts of it."""
-        name = self._parameter_name(number)
-        for harness in self._harnesses:
-            home = harness.home(number, param, group, name)
-            if home is not None:
-                home.harness = harness
-                return home
-        return Home(number, param, group, name)
-
-    def _views(self, home: Home) -> list[View]:
-        """View what the gradient of a tensor is to update."""
-        gradient = home.param.grad
-        held = functools.partial(self._state_at, home)
-        if isinstance(gradient, CompressedGradient):
-            return [HeldView(home.param, gradient, held, home.group, self._lend(home.number, home.param, home.group))]
-        assert gradient is not None  # tensors without one take no part
-        return home.views(gradient, held, self._lend)
-
-    def _moves(self, view: View, norm: float) -> bool:
-        """Return whether a tensor moves, given ‖g‖; one whose gradient is all zero only decays."""
-        if norm == 0:
-            view.state  # noqa: B018  # is made, as by any finite gradient
-            view.move(None, self._unmoved_rates(view)[0])
-        return math.isfinite(norm) and norm > 0
-
-    def _next_rates(self, view: View) -> Rates:
-        """Count an update of a tensor, and work out what it multiplies by."""
-        view.state["step"] += 1
-        return self._unmoved_rates(view)[0]._replace(t=int(view.state["step"]))
-
-    def _unmoved_rates(self, view: View) -> tuple[Rates, int]:
-        """Work out what an update multiplies by, its count left out, and the seed of its stochastic rounding."""
-        (lr, decay), layout, group = rates_of(view.group), view.layout, view.group
-        if layout is not None:
-            lr *= update_scale(math.prod(view.shape), layout.chunks, layout.chunk, group)
-        return Rates(lr, decay, group["eps"], group["betas"], 0), view.tools.seed
-
-    def _check_gradient(self, param: Tensor, gradient: Tensor | None) -> None:
-        assert gradient is not None  # tensors without one take no part
-        check_gradient(param, gradient, self._name_of)
-
-    def _check_numbers(self, param: Tensor, gradient: Tensor) -> None:
-        check_numbers(param, gradient, self._name_of)
-
-    def _check_sizes(self, home: Home) -> None:
-        """Raise unless a tensor can be trained with its group's sizes: either may have changed since it was added."""
-        sizes = (home.param.shape, *(home.group[name] for name in CONFIGURATION))
-        if self._judged.get(home.param) == sizes:
-            return
-        check_param((home.name, home.param), home.number, home.group)
-        if home.harness is None:
-            home.check_state(self.state.get(home.param, {}), "it")
-        self._judged[home.param] = sizes
-
-    def _say_if_idle(self) -> None:
-        """Warn, once, where no step will ever move anything."""
-        params = [param for _, param, _ in self._numbered()]
-        if self._idle_said or not params or any(param.requires_grad for param in params):
-            return
-        self._idle_said = True
-        warnings.warn(
-            f"SGC trains nothing: none of its {len(params)} parameters requires a gradient. Make the optimizer after "
-            "adapters are added to the model, or let parameters require gradients",
-            stacklevel=7,
-        )
-
-    def _settle(self, wait: bool = True) -> None:
-        """Learn which of the last updates were none, where kernels decided it; without `wait`, what is known by now."""
-        self._batches.settle(wait)
+        return self._loop.home(number, param, group, self._parameter_name(number))
 
     def _compare_ranks(self, ddp_ranks: Sequence[int] | None = None, refusal: str | None = None) -> None:
         """Agree, once, with all ranks that train this model: see `ranks.agree`."""
@@ -420,32 +287,10 @@ class SGC(torch.optim.Optimizer):
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """Return the state of a whole tensor, made where there is none."""
-        return self._state_at(Home(0, param, group, "a parameter"))
-
-    def _state_at(self, home: Home) -> dict[str, Any]:
-        """Return the state of a tensor, made where there is none."""
-        state = self.state[home.param]
-        if not home.holds(state):
-            for name in NAMES & state.keys():
-                del state[name]
-            state.update(home.new_state())
-        return state
-
-    def _lend(self, number: int, weight: Tensor, group: Mapping[str, Any], streams: tuple[int, int] = (0, 0)) -> Tools:
-        """Lend a tensor's update A, and random numbers that a resumed run draws again.
-
-        What ranks hold of a sharded tensor differs in its stream, so its rounding depends on the number of ranks.
-        """
-        seed = mix(mix(mix(group["seed"] & 0xFFFFFFFF) ^ number) ^ group["steps"])
-        draws = weight.dtype is torch.bfloat16 or DTYPES[group["state_dtype"]].draws
-        device = weight.device if draws else None
-        return Tools(self._projection(group), seed, device, group["stochastic_rounding"], streams)
+        return state_of(Home(0, param, group, "a parameter"), self.state)
 
     def _projection(self, group: Mapping[str, Any]) -> Projection | None:
-        key = (group["sketch_size"], group["seed"])
-        if key[0] and key not in self._projections:
-            self._projections[key] = Projection(*key)
-        return self._projections.get(key)
+        return self._loop.projection(group)
 
     def stats(self) -> dict[str, float]:
         """Report how the optimizer is doing; reading it costs one synchronization.
@@ -458,32 +303,36 @@ class SGC(torch.optim.Optimizer):
             recovered update leaves unexplained; recovered_fraction, 1 − its square; support_overlap, the share of
             recovered entries that the step before recovered too. What has not been seen yet is nan.
         """
-        self._settle()
-        stepped = (tensor for harness in self._harnesses for tensor in harness.held_tensors())
+        self._loop.batches.settle()
+        stepped = (tensor for harness in self._loop.harnesses for tensor in harness.held_tensors())
         tensors = {id(param): param for param in (*self.held_tensors(), *stepped)}
         parameters = sum(local(param).numel() for param in tensors.values())
         held = self.state_bytes()
         return {
             "state_bytes": float(held),
             "compression_ratio": held / (8 * parameters) if parameters else math.nan,
-            "grad_norm": self._batches.grad_norm,
-            "skipped_tensors": float(self._batches.skipped),
-            **self._probes.stats(),
+            "grad_norm": self._loop.batches.grad_norm,
+            "skipped_tensors": float(self._loop.batches.skipped),
+            **self._loop.probes.stats(),
             **({} if self._compressor is None else self._compressor.stats()),
         }
 
     def held_tensors(self) -> list[Tensor]:
         """List what this process updates: trained parameters, or what a sharding harness has put in their place."""
         trained = [param for _, param, _ in self._numbered() if param.requires_grad or param in self.state]
-        shown = (tensor for harness in self._harnesses for tensor in harness.held_tensors())  # by ZeRO-3, at a step
+        shown = (
+            tensor for harness in self._loop.harnesses for tensor in harness.held_tensors()
+        )  # by ZeRO-3, at a step
         return trained or list(shown) or self._given.tensors()
 
     def state_bytes(self) -> int:
         """Count the bytes really held: every state tensor, A, compressed gradients, and what is kept for `stats`."""
         states = (held for held in self.state.values() if isinstance(held, dict))  # others may keep what they like here
         state = (value for held in states for value in held.values() if isinstance(value, Tensor))
-        tensors = [*map(local, state), *self._probes.tensors()]
-        held = sum(t.numel() * t.element_size() for t in tensors) + sum(p.bytes() for p in self._projections.values())
+        tensors = [*map(local, state), *self._loop.probes.tensors()]
+        held = sum(t.numel() * t.element_size() for t in tensors) + sum(
+            p.bytes() for p in self._loop.projections.values()
+        )
         return held + (0 if self._compressor is None else self._compressor.bytes())
 
     def expected_state_bytes(self) -> int:
@@ -503,7 +352,7 @@ class SGC(torch.optim.Optimizer):
 
         Those are summed over the ranks first: in the middle of an accumulation, call it on every rank.
         """
-        self._settle()
+        self._loop.batches.settle()
         every = self.state
         self.state = defaultdict(dict, kept_state(every, (param for _, param, _ in self._numbered())))
         try:
@@ -522,27 +371,14 @@ class SGC(torch.optim.Optimizer):
                 dtype; nothing has been overwritten then.
             TypeError: it is no dict, or a hyperparameter in it is of another kind.
         """
-        self._settle()
+        self._loop.batches.settle()
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"a checkpoint of an optimizer is a dict, got {shown(state_dict)}")
-        loading: Loading | None = None
-
-        def take_own(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-            nonlocal loading
-            homes = {one[0]: self._home(*one) for one in self._numbered()}
-            loading = Loading(homes, self.param_groups, self._compressor is not None)
-            return loading.take_own(state_dict)
-
-        def put_own(_: Any) -> None:
-            assert loading is not None  # `take_own` came first
-            loading.put_own(self.state)
-            if self._compressor is not None:
-                self._compressor.restore(loading.pending)
-
+        loading = Loading(lambda: [self._home(*one) for one in self._numbered()], self.param_groups, self._compressor)
         # the user's hooks rename and reorder states, so ours is the last before torch loads and the first after it
         hooks = [
-            self.register_load_state_dict_pre_hook(take_own),
-            self.register_load_state_dict_post_hook(put_own, prepend=True),
+            self.register_load_state_dict_pre_hook(loading.take_own),
+            self.register_load_state_dict_post_hook(loading.put_own, prepend=True),
         ]
         try:
             with shielded(param for _, param, _ in self._numbered()):

@@ -74,10 +74,7 @@ def update(view: View, rates: Rates) -> Update:
         method = view.group["recovery"]
         index, value = recover(target, view.chunks, view.projection, recovered, method, take=rule.gives_up)
         if rule.square is not None:
-            lengths = view.chunks.lengths(index.device)
-            v = least_squares(rule.square(held, rates), index, view.chunks.chunk, view.projection, lengths)
-            total, count = yield from view.total(v.clamp(min=0), index)
-            value = sketched_ratio(value, v, total / count, rates.eps)
+            value = yield from _divide(view, index, value, rule.square(held, rates), rates.eps)
         for name in reversed(rule.held):
             write_held(view.state, name, held[name], view.tools.generator)
         found = Recovered(index, value, before)
@@ -85,6 +82,16 @@ def update(view: View, rates: Rates) -> Update:
     # apply: W ← (1 − decay)·W − lr·u
     view.apply(found.index, found.value, rates)
     return found
+
+
+def _divide(
+    view: View, index: Tensor, value: Tensor, square: Tensor, eps: float
+) -> Generator[list[Tensor], list[Tensor], Tensor]:
+    """Divide what was recovered by the root of the second moment on its support, given the sketch of that."""
+    assert view.projection is not None  # there is a sketch
+    v = least_squares(square, index, view.chunks.chunk, view.projection, view.chunks.lengths(index.device))
+    total, count = yield from view.total(v.clamp(min=0), index)
+    return sketched_ratio(value, v, total / count, eps)
 
 
 def finish(one: Update) -> Recovered | None:

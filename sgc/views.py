@@ -42,24 +42,26 @@ class Tools:
     ) -> None:
         self.projection, self.seed = projection, seed
         self._device, self._stochastic, self._streams = device, stochastic, streams
+        self._generators: dict[int, torch.Generator] = {}
 
     def _seeded(self, stream: int) -> torch.Generator | None:
+        """Return the generator of a stream, one and the same at every call."""
         if self._device is None:
             return None
-        return torch.Generator(self._device).manual_seed(mix(self.seed ^ mix(stream)) if stream else self.seed)
+        if stream not in self._generators:
+            seed = mix(self.seed ^ mix(stream)) if stream else self.seed
+            self._generators[stream] = torch.Generator(self._device).manual_seed(seed)
+        return self._generators[stream]
 
-    @functools.cached_property
+    @property
     def generator(self) -> torch.Generator | None:
         """For moments in bf16."""
         return self._seeded(self._streams[0])
 
-    @functools.cached_property
+    @property
     def rounding(self) -> torch.Generator | None:
         """For weights in bf16; None: they are rounded to nearest."""
-        if not self._stochastic:
-            return None
-        one_stream = self._streams[0] == self._streams[1]
-        return self.generator if one_stream else self._seeded(self._streams[1])
+        return self._seeded(self._streams[1]) if self._stochastic else None
 
 
 class View:
@@ -93,12 +95,15 @@ class View:
         self.window: Window | None = None  # what the part touches; None: it is the whole tensor
         self.rule = RULES[group["moments"]]
         self.whitens = self.layout is not None and self.rule.whitens
+        self._state: dict[str, Any] | None = None
         self._sums: tuple[Tensor, Tensor] | None = None
 
-    @functools.cached_property
+    @property
     def state(self) -> dict[str, Any]:
         """The state of the tensor or this part."""
-        return self._held()
+        if self._state is None:
+            self._state = self._held()
+        return self._state
 
     # -- what is known of the gradient before anything moves
 

@@ -64,8 +64,8 @@ def whiten(
     """
     busy = row > 0  # of an embedding, only the rows of tokens that were seen are
     a, b = factor(state["row"], state["col"], row, col, beta2, t, mean)
-    waits = not backends.choose("encode", row.device).fused  # a kernel looks at each row's, and spares the host a wait
-    return Whitening(a, b, None if waits and busy.all() else busy, eps, CLIP)
+    # a kernel looks at each row's, and spares the host a wait
+    return Whitening(a, b, None if not backends.fused(row.device) and busy.all() else busy, eps, CLIP)
 
 
 def factor(

@@ -223,8 +223,8 @@ def test_numba_takes_a_cpu_and_fp32_only(monkeypatch):
     assert not compiled.usable(torch.ones(3, dtype=torch.bfloat16))
     assert not compiled.usable(torch.ones(3, device="meta"))
     assert not compiled.usable(torch.ones(3), torch.ones(3, dtype=torch.float64))
-    monkeypatch.setenv(backends.VARIABLE, "torch")
-    assert not compiled.usable(torch.ones(3))
+    assert compiled.takes("auto")
+    assert not compiled.takes("torch")
 
 
 def test_without_numba_nothing_of_it_is_imported():

@@ -91,7 +91,7 @@ def test_the_bytes_are_known_before_the_first_step(rule, options):
         pytest.importorskip("bitsandbytes")
     expected = stepped(rule, 0, **options).expected_state_bytes()
     optimizer = stepped(rule, 2, **options)  # the second step is the first that keeps no probes
-    probes = sum(t.numel() * t.element_size() for t in optimizer._probes.tensors())
+    probes = sum(t.numel() * t.element_size() for t in optimizer._loop.probes.tensors())
     assert optimizer.state_bytes() - probes == expected
     assert optimizer.expected_state_bytes() == expected
 
@@ -104,9 +104,9 @@ def test_groups_that_share_a_projection_count_it_once():
         p.grad = torch.randn(8, 64)
     optimizer.step()
     optimizer.step()
-    probes = sum(t.numel() * t.element_size() for t in optimizer._probes.tensors())
+    probes = sum(t.numel() * t.element_size() for t in optimizer._loop.probes.tensors())
     assert optimizer.state_bytes() - probes == optimizer.expected_state_bytes()
-    assert len(optimizer._projections) == 2
+    assert len(optimizer._loop.projections) == 2
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -65,7 +65,7 @@ def test_stacked_experts_are_compressed_learn_and_hold_what_is_predicted(kind, k
     assert (
         state
         <= optimizer.state_bytes()
-        <= state + (sum(map(probe_bytes, optimizer.param_groups)) if optimizer._probes.tensors() else 0)
+        <= state + (sum(map(probe_bytes, optimizer.param_groups)) if optimizer._loop.probes.tensors() else 0)
     )
     for name, (experts, out, width) in STACKS.items():
         shapes = {key: tuple(value.shape) for key, value in optimizer.state[stacks(model)[name]].items()}

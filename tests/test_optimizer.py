@@ -882,7 +882,7 @@ def test_the_overlap_of_supports_is_one_for_the_same_gradient_and_low_for_new_on
         run(new_gradients, 1, step)
     assert same_gradient.stats()["support_overlap"] > 0.9
     assert 0 <= new_gradients.stats()["support_overlap"] < 0.9
-    assert not same_gradient._probes._supports
+    assert not same_gradient._loop.probes._supports
 
 
 # End to end

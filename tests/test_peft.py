@@ -83,7 +83,7 @@ def test_what_is_trained_learns_all_else_stays_and_the_state_is_as_predicted(kin
     update(model, optimizer, times=9)  # one more than `sample_every`: each entry has had its turn
     assert loss_of(model).item() < first
     assert set(differing(before, bits(model))) == set(trained(model))
-    probes = sum(map(probe_bytes, optimizer.param_groups)) if optimizer._probes.tensors() else 0
+    probes = sum(map(probe_bytes, optimizer.param_groups)) if optimizer._loop.probes.tensors() else 0
     held = optimizer._compressor.most_bytes() if optimizer._compressor else 0
     state = optimizer.expected_state_bytes() - held
     assert state <= optimizer.state_bytes() <= state + probes

@@ -23,7 +23,7 @@ from transformers import AutoConfig, LlamaConfig
 import sgc
 from benchmarks import memory, peers
 from sgc.backends import numba as compiled
-from sgc.parallel import zero
+from sgc.parallel import pieces
 from sgc.planner import BUILT_IN, PlanError, adapters, optimizers, plan
 from sgc.planner.models import LEARNERS, check_run, load_config, make_model, parse_bytes, quiet
 from sgc.planner.plan import _compressed
@@ -1074,8 +1074,8 @@ def test_a_partition_of_zero_holds_the_state_of_its_pieces():
     params = [Info("weight", (1000, 256), torch.float32), Info("norm", (200,), torch.float32)]
     contender, size = optimizers.sgc(sketch_size=8), (1000 * 256 + 200) // 2
     group = sgc.SGC([nn.Parameter(torch.empty(1))], sketch_size=8).param_groups[0]
-    last = [zero.Piece(0, (1000, 256), size, 256_000, 0), zero.Piece(1, (200,), 0, 200, 256_000 - size)]  # most
-    held = sum(schema_bytes(zero.piece_schema(piece, group)) for piece in last)
+    last = [pieces.Piece(0, (1000, 256), size, 256_000, 0), pieces.Piece(1, (200,), 0, 200, 256_000 - size)]  # most
+    held = sum(schema_bytes(pieces.piece_schema(piece, group)) for piece in last)
     assert Devices(2, "zero2").state(contender, params) == held + contender.shared(params)
 
 

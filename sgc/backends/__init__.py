@@ -73,6 +73,11 @@ def choose(stage: str, device: torch.device, obstacle: str | None = None) -> Cho
     return fused if obstacle is None else _fall_back(stage, obstacle)
 
 
+def fused(device: torch.device) -> bool:
+    """Whether a device takes kernels."""
+    return _serves_triton(requested(), "encode", device)
+
+
 def requested() -> str:
     """Return what `SGC_KERNELS` asks for, "auto" where it is not set; "numba" concerns a CPU only.
 
@@ -80,8 +85,9 @@ def requested() -> str:
         ValueError: it is something else than "auto", "torch", "triton" or "numba".
     """
     mode = os.environ.get(VARIABLE) or "auto"
-    if mode not in ("auto", "torch", "triton", "numba"):
-        raise ValueError(f"{VARIABLE} must be auto, torch, triton or numba, got {mode!r}")
+    modes = ["auto", "torch", *(backend.name for backend in BACKENDS)]
+    if mode not in modes:
+        raise ValueError(f"{VARIABLE} must be {', '.join(modes[:-1])} or {modes[-1]}, got {mode!r}")
     return mode
 
 
@@ -153,7 +159,7 @@ class Backend(NamedTuple):
 
     name: str  # what `SGC_KERNELS` calls it
     module: str  # imported when it is first asked; a function returns NotImplemented for what it can't do
-    serves: Callable[[str, torch.device], bool]  # whether it is to be asked for a stage on a device
+    serves: Callable[[str, str, torch.device], bool]  # whether to ask it, given the mode, the stage and the device
 
 
 def stage(noun: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
@@ -163,23 +169,21 @@ def stage(noun: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
         noun: the stage in a warning: "statistics", "apply", "encode" or "recover".
 
     Returns:
-        A decorator for the twin, whose first argument is a tensor on the device that decides. The twin itself stays
-        within reach as `plain`.
+        A decorator for the twin, whose first argument is a tensor on the device that decides.
     """
 
     def made(plain: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(plain)
         def run(*args: P.args, **kwargs: P.kwargs) -> T:
-            device = args[0].device  # type: ignore[attr-defined]  # a tensor
+            mode, device = requested(), args[0].device  # type: ignore[attr-defined]  # a tensor
             for backend in BACKENDS:
-                if backend.serves(noun, device):
+                if backend.serves(mode, noun, device):
                     function = getattr(_loaded(backend.module), plain.__name__, None)
                     done = NotImplemented if function is None else function(*args, **kwargs)
                     if done is not NotImplemented:
                         return done
             return plain(*args, **kwargs)
 
-        run.plain = plain  # type: ignore[attr-defined]  # for tests, where it is the oracle
         return run
 
     return made
@@ -189,12 +193,12 @@ def _loaded(module: str) -> ModuleType:
     return sys.modules.get(module) or importlib.import_module(module)
 
 
-def _serves_triton(noun: str, device: torch.device) -> bool:
-    return choose(noun, device).fused
+def _serves_triton(mode: str, noun: str, device: torch.device) -> bool:
+    return (mode == "triton" or (mode == "auto" and device.type == "cuda")) and choose(noun, device).fused
 
 
-def _serves_numba(noun: str, device: torch.device) -> bool:
-    return device.type == "cpu" and _loaded("sgc.backends.numba").choose().path == "numba"
+def _serves_numba(mode: str, noun: str, device: torch.device) -> bool:
+    return device.type == "cpu" and mode in ("auto", "numba") and _loaded("sgc.backends.numba").takes(mode)
 
 
 BACKENDS = (

@@ -65,12 +65,16 @@ def _choose(mode: str) -> backends.Choice:
     return backends.Choice("numba", f"numba {metadata.version('numba')}")
 
 
+def takes(mode: str) -> bool:
+    """Whether numba is to be asked, given what `SGC_KERNELS` asks for."""
+    return _choose(mode).path == "numba"
+
+
 def usable(*tensors: Tensor) -> bool:
-    """Whether numba takes these tensors: all on the CPU, plain and in fp32."""
-    plain = all(
+    """Whether numba can work on these tensors: all on the CPU, plain and in fp32."""
+    return all(
         type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.dtype is torch.float32 for x in tensors
     )
-    return plain and choose().path == "numba"
 
 
 # ---- the stages, by the names and arguments of their twins in torch

@@ -24,7 +24,9 @@ from sgc.backward.sums import Slot, Sums, rewhitening, shapes_of
 from sgc.checks import whole
 from sgc.codec.encode import Whitening, encode
 from sgc.codec.project import Projection
+from sgc.gradients import check_gradient, check_numbers
 from sgc.moments import RULES
+from sgc.parallel.home import Given
 from sgc.state import has_basis, tensor_layout
 from sgc.surroundings import shielded
 from sgc.whiten import gradient_norm, mean_squares, whiten
@@ -35,11 +37,12 @@ _compressors = weakref.WeakSet["Compressor"]()  # of all optimizers
 class Optimizer(Protocol):
     """What compressing asks of an optimizer."""
 
+    check_ranks: Any  # whether ranks are to agree, or the process group of those that are
+    _given: Given
+
     def _numbered(self) -> Iterator[tuple[int, Tensor, dict[str, Any]]]: ...
     def _parameter_name(self, number: int) -> str: ...
     def _name_of(self, param: Tensor) -> str: ...
-    def _check_gradient(self, param: Tensor, gradient: Tensor | None) -> None: ...
-    def _check_numbers(self, param: Tensor, gradient: Tensor) -> None: ...
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]: ...
     def _projection(self, group: Mapping[str, Any]) -> Projection | None: ...
     def _compare_ranks(self, ddp_ranks: list[int] | None = None, refusal: str | None = None) -> None: ...
@@ -83,11 +86,6 @@ class Compressor:
     def world_size(self) -> int:
         """The ranks over which gradients are summed."""
         return 1 if self._ranks is None else self._ranks.world_size
-
-    def check_ranks(self) -> None:
-        """Refuse to train several ranks apart."""
-        if self._ranks is not None:
-            self._ranks.check()
 
     def compare_ranks(self, members: list[int], refusal: str | None) -> None:
         """Agree with these ranks on all that must be the same."""
@@ -147,7 +145,7 @@ class Compressor:
 
     def add(self, slot: Slot, gradient: Tensor, *, early: bool = True) -> None:
         """Add a gradient of one parameter to what `param.grad` holds of it; `early`: it may yet be clipped."""
-        self._owner()._check_gradient(slot.param, gradient)
+        check_gradient(slot.param, gradient, self._owner()._name_of)
         with shielded([slot.param]):
             self._add(slot, gradient, early)
 
@@ -233,7 +231,20 @@ class Compressor:
     # -- using
 
     def collect(self) -> None:
-        """Make every gradient ready for a step: compressed, also where somebody has set a whole one, and summed."""
+        """Make every gradient ready for a step: compressed, also where somebody has set a whole one, and summed.
+
+        Raises:
+            RuntimeError: parameters have been replaced, or several ranks would train apart.
+        """
+        owner = self._owner()
+        here = {param for _, param, _ in owner._numbered()}
+        if not self.slots.keys() <= here and not all(id(param) in owner._given.ids for param in here):
+            raise RuntimeError(
+                "parameters were replaced after optimizer.attach(model), as FSDP does: compressed gradients need "
+                "whole ones, and sharded parameters have sharded gradients already"
+            )
+        if self._ranks is not None and owner.check_ranks:
+            self._ranks.check()
         self.follow()
         for param, slot in self.slots.items():
             if param.grad is not None and slot.held is None:
@@ -327,7 +338,7 @@ def _slots(compressor: Compressor, optimizer: Optimizer, sample_every: int) -> l
                 "set rank=None"
             )
         if type(param.data) is not Tensor:
-            optimizer._check_numbers(param, param)
+            check_numbers(param, param, optimizer._name_of)
             raise TypeError(
                 f"compressed gradients need whole parameters, {optimizer._parameter_name(number)} is "
                 f"{type(param.data).__name__}: sharded parameters have sharded gradients already"

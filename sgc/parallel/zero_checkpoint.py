@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgc.parallel.zero import SPAN, Piece, piece_schema
+from sgc.parallel.pieces import SPAN, Piece, piece_schema
 from sgc.state import MOMENTS, SCALES, new_state, read_held, tensor_layout, write_held
 
 FLAT = {True: "fp32_flat_groups", False: "single_partition_of_fp32_groups"}  # in a file, by whether it is of ZeRO-3

@@ -15,7 +15,7 @@ import torch
 
 from sgc.optimizer import SGC
 from sgc.parallel.fsdp2 import local_schema
-from sgc.parallel.zero import Piece, piece_schema
+from sgc.parallel.pieces import Piece, piece_schema
 from sgc.planner.models import PlanError, is_size
 from sgc.planner.optimizers import FP32, Contender
 from sgc.planner.trace import Held, Info

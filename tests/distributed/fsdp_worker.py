@@ -28,6 +28,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from sgc import SGC
 from sgc.codec.encode import encode
+from sgc.loop import rates_now
 from sgc.step import finish, update
 from sgc.views import View
 from tests.distributed.fsdp_on_cpu import pretend
@@ -163,8 +164,8 @@ def agree(shapes, steps=6, dtype="float32", mesh=None, compute=None, **options):
     moved, goal = changes(model, shapes, dtype), changes(one, shapes, dtype)
     off = [(a - b).abs() > 1e-3 * b.abs().max() for a, b in zip(moved, goal, strict=True)]
     names = {name for held in wanted for name in held} - {"step"}
-    held = sum(t.numel() * t.element_size() for t in optimizer._probes.tensors())
-    held += sum(projection.bytes() for projection in optimizer._projections.values())
+    held = sum(t.numel() * t.element_size() for t in optimizer._loop.probes.tensors())
+    held += sum(projection.bytes() for projection in optimizer._loop.projections.values())
     return {
         "weights": gap(moved, goal),
         "in ulps": max(
@@ -179,7 +180,8 @@ def agree(shapes, steps=6, dtype="float32", mesh=None, compute=None, **options):
         "equal over ranks": equal_over_ranks([*weights, *[s[name] for s in states for name in sorted(s)]]),
         "grad_norm": abs(optimizer.stats()["grad_norm"] / reference.stats()["grad_norm"] - 1),
         "bytes": optimizer.state_bytes() - held,
-        "expected bytes": optimizer.expected_state_bytes() - sum(p.bytes() for p in optimizer._projections.values()),
+        "expected bytes": optimizer.expected_state_bytes()
+        - sum(p.bytes() for p in optimizer._loop.projections.values()),
         "bytes of one process": reference.state_bytes() - held,
     }
 
@@ -207,9 +209,9 @@ def cut_sketches(shape, sparsity, **options):
             return sketches["parts"], None
             yield []
 
-    state, lent = reference._state_of(param, group), reference._lend(0, param, group)
+    state, lent = reference._state_of(param, group), reference._loop._lend(0, param, group)
     view = Cut(param, param.detach(), param.grad, lambda: state, tuple(shape), group, lent)
-    finish(update(view, reference._next_rates(view)))
+    finish(update(view, rates_now(view)))
     return {
         "weights": gap(changes(model, [shape]), changes(one, [shape])),
         "chunks that another top would give": int(
