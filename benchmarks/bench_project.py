@@ -21,8 +21,8 @@ import torch
 
 from benchmarks import harness
 from benchmarks.bench_sparsify import on, paths, problem, record, setting
+from sgc.codec.encode import encode, select
 from sgc.codec.project import Projection
-from sgc.step import encode, select
 
 NAME = "project"
 SIZES = ((256, 8, 1), (256, 32, 4), (256, 64, 8), (1024, 32, 4), (1024, 128, 16))
@@ -35,15 +35,14 @@ def main() -> None:
     for n, k, s in SIZES[:2] if arguments.smoke else SIZES:
         grid, layout, whitening = problem(entries, n, device)
         projection = Projection(k, 0)
-        group = {"sparsity": s, "eps": 1e-8, "moments": "residual"}
-        index, value = select(grid, layout, whitening, s, 1e-8)
+        index, value = select(grid, layout, whitening, s)
         columns = projection.columns(n, device)
         calls: dict[str, Callable[[], Any]] = {}
         calls["gather torch"] = functools.partial(_gather, columns, index, value)
         for path in paths(device):
             if path != "triton":  # there it has no kernel of its own
                 calls[f"project {path}"] = on(path, functools.partial(projection.project, index, value, n))
-            calls[f"encode {path}"] = on(path, functools.partial(encode, grid, layout, whitening, projection, group))
+            calls[f"encode {path}"] = on(path, functools.partial(encode, grid, layout, projection, s, whitening))
         found = harness.interleave(calls, device, repeats=15, seconds=arguments.seconds)
         sketch = layout.chunks * k
         operations = 2 * sketch * s / rates["matrix_flops_per_s"]

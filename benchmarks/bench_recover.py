@@ -26,7 +26,6 @@ import torch
 
 from benchmarks import harness
 from benchmarks.bench_sparsify import on, paths
-from sgc.backends import fused
 from sgc.codec.layout import make_layout
 from sgc.codec.project import Projection
 from sgc.codec.recover import METHODS, recover
@@ -84,10 +83,7 @@ def main() -> None:
         cosines = {}
         for method in METHODS:
             for path in paths(device) if method == "threshold" else ["torch"]:
-                if path == "triton":
-                    call = functools.partial(fused.decode, sketch, layout, projection, s, method)
-                else:
-                    call = functools.partial(recover, sketch, n, projection, s, method)
+                call = functools.partial(recover, sketch, layout, projection, s, method)
                 calls[f"{method} {path}"] = on(path, call)
                 with harness.environment(SGC_KERNELS=path):
                     cosines[f"{method} {path}"] = cosine(call(), dense, s)

@@ -21,8 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from benchmarks import harness
+from sgc.codec.encode import Whitening, select
 from sgc.codec.layout import Layout, make_layout
-from sgc.step import Whitening, select, square_sums
+from sgc.constants import CLIP
+from sgc.whiten import square_sums
 
 NAME = "sparsify"
 SIZES = ((256, 1), (256, 4), (256, 8), (1024, 4), (1024, 16), (4096, 16))
@@ -36,7 +38,7 @@ def problem(entries: int, n: int, device: torch.device) -> tuple[torch.Tensor, L
     grid = torch.randn(entries // 4096, 4096, generator=generator, device=device).to(dtype)
     layout = make_layout(grid.shape, n)
     row, col = square_sums(grid, layout)
-    return grid, layout, Whitening((row / row.mean()).sqrt(), (col / len(grid)).sqrt(), None)
+    return grid, layout, Whitening((row / row.mean()).sqrt(), (col / len(grid)).sqrt(), None, 1e-8, CLIP)
 
 
 def on(path: str, call: Callable[[], Any]) -> Callable[[], None]:
@@ -97,7 +99,7 @@ def main() -> None:
         for path in paths(device):
             if number == 0:
                 calls[f"statistics {path}"] = on(path, functools.partial(square_sums, grid, layout))
-            calls[f"select {path}"] = on(path, functools.partial(select, grid, layout, whitening, s, 1e-8))
+            calls[f"select {path}"] = on(path, functools.partial(select, grid, layout, whitening, s))
         found = harness.interleave(calls, device, repeats=15, seconds=arguments.seconds)
         read = grid.nbytes / rate
         floor = {"statistics": read, "select": read + layout.chunks * s * 12 / rate, "topk": read}

@@ -18,8 +18,7 @@ from sgc.step import PROBED_CHUNKS, Recovered
 from sgc.views import View
 
 if TYPE_CHECKING:
-    from sgc.backends.triton.batch import Batch, Pending, Sparse
-    from sgc.backends.triton.batch import Entry as TensorUpdate
+    from sgc.backends.triton.batch import Batch, Pending, Sparse, TensorUpdate
 
 
 class Batches:
@@ -71,8 +70,7 @@ class Batches:
         is_sparse = view.layout is not None and view.group["recovered"] is not None
         if is_sparse and not _moves_in_place(view):
             return None
-        from sgc.backends.triton.batch import Entry as TensorUpdate
-        from sgc.backends.triton.batch import obstacle, sparse_obstacle
+        from sgc.backends.triton.batch import TensorUpdate, obstacle, sparse_obstacle
 
         why_not, sparse = obstacle(view.given, view.gradient), None
         if why_not is None and view.layout is not None and is_sparse:

@@ -27,12 +27,12 @@ CHECKED = 1e-5  # largest difference between a kernel's weights and torch's, rel
 
 
 def report() -> str:
-    """Say which path every stage takes on every device here and why, and the versions of what it depends on."""
+    """Report which path every stage takes on every device here and why, and the versions of what it depends on."""
     return "\n".join([*_versions(), "", *_environment(), "", *_paths()])
 
 
 def version_of(package: str) -> str | None:
-    """Give the version of an installed package, or None."""
+    """Return the version of an installed package, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -46,7 +46,7 @@ def devices() -> list[torch.device]:
 
 
 def path_of(stage: str, device: torch.device) -> tuple[str, str]:
-    """Give the path of a stage on a device and why: "triton", "numba" or "torch", or "refused"."""
+    """Return the path of a stage on a device and why: "triton", "numba" or "torch", or "refused"."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the reason is in the report

@@ -81,7 +81,7 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def square_sums(grid: Tensor, layout: Layout) -> Any:
-    """Do `sgc.whiten.square_sums`."""
+    """Compute `sgc.whiten.square_sums`."""
     if not usable(grid):
         return NotImplemented
     rows, cols = grid.shape
@@ -109,7 +109,7 @@ def apply_whitened(
     generator: torch.Generator | None,
     offset: int = 0,
 ) -> Any:
-    """Do `sgc.apply.apply_whitened` for weights that are as many as the entries of the grid."""
+    """Compute `sgc.apply.apply_whitened` for weights that are as many as the entries of the grid."""
     if offset or weight.numel() != grid.numel() or not usable(weight, grid):
         return NotImplemented
     scalars = _floats(whitening.eps, whitening.clip, lr, 1 - decay)
@@ -119,7 +119,7 @@ def apply_whitened(
 
 
 def top(block: Tensor, layout: Layout, whitening: Whitening | None, sparsity: int) -> Any:
-    """Do `sgc.codec.encode.top` for few entries of each chunk."""
+    """Compute `sgc.codec.encode.top` for few entries of each chunk."""
     if not (sparsity < layout.chunk and sparsity <= MOST_INSERTED and usable(block)):
         return NotImplemented
     shape = layout.chunk, layout.pieces, layout.rows_per_chunk
@@ -140,7 +140,7 @@ def top(block: Tensor, layout: Layout, whitening: Whitening | None, sparsity: in
 
 
 def project(value: Tensor, index: Tensor, columns: Tensor) -> Any:
-    """Do `sgc.codec.project.project`."""
+    """Compute `sgc.codec.project.project`."""
     if not usable(value):
         return NotImplemented
     out = value.new_zeros(index.shape[0], columns.shape[1])
@@ -150,7 +150,7 @@ def project(value: Tensor, index: Tensor, columns: Tensor) -> Any:
 
 
 def threshold(sketch: Tensor, n: int, projection: Projection, sparsity: int, lengths: Tensor | None) -> Any:
-    """Do `sgc.codec.recover.threshold` for an A that is held and few entries of each chunk."""
+    """Compute `sgc.codec.recover.threshold` for an A that is held and few entries of each chunk."""
     if not (projection.holds(n) and sparsity <= MOST_INSERTED and usable(sketch)):
         return NotImplemented
     columns, words = projection.columns(n, sketch.device), projection.sign_bits(n)
@@ -191,7 +191,7 @@ def _share_rows(function: Callable[..., None], shape: tuple[int, ...] | torch.Si
 
 
 def _share(run: Callable[[int, int], None], parts: int) -> None:
-    """Do run(first, last) over all parts, on as many threads as torch has, or as can be had."""
+    """Call run(first, last) over all parts, on as many threads as torch has, or as can be had."""
     threads = min(torch.get_num_threads(), parts)
     if threads <= 1:
         run(0, parts)

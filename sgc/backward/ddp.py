@@ -56,7 +56,7 @@ class RankSums:
         return [model.register_forward_pre_hook(_BeforeForward(self)), *queues]
 
     def remove(self) -> None:
-        """Tell DistributedDataParallel that it need not leave anything out any more."""
+        """Take back what DistributedDataParallel was told to ignore."""
         self._take_back()
 
     def check(self) -> None:
@@ -140,7 +140,7 @@ class RankSums:
         return owner
 
     def _leave_out(self, model: nn.Module) -> Callable[[], Any]:
-        """Tell DistributedDataParallel which parameters to ignore; return what takes that back."""
+        """Make DistributedDataParallel ignore the compressed parameters; return what takes that back."""
         slots = self._owner.slots
         trained = {param for param in model.parameters() if param.requires_grad}
         if trained <= slots.keys():  # it refuses to have nothing to do
@@ -164,7 +164,7 @@ class RankSums:
         return queue
 
     def _queue(self) -> None:
-        """Have `_after_backward` called when the last backward ends."""
+        """Queue `_after_backward` to be called when the last backward ends."""
         if self._last and not self._callback_queued:
             self._callback_queued = True
             torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)

@@ -177,7 +177,7 @@ def agreement(sums: Sums) -> Tensor:
 
 
 def rewhitening(held: Tensor, beta2: float, used: Tensor, true: Tensor) -> Tensor:
-    """Give √(mean v̂ as used ÷ mean v̂ as it should have been), from C and the column means of g² in both."""
+    """Return √(mean v̂ as used ÷ mean v̂ as it should have been), from C and the column means of g² in both."""
     tiny = torch.finfo(torch.float32).tiny
     before = beta2 * held.mean()
     root_mean = [(before + (1 - beta2) * col.mean()).clamp(min=tiny).sqrt() for col in (used, true)]

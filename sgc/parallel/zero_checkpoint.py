@@ -93,7 +93,7 @@ def _load(folder: Path) -> tuple[list[dict[str, Any]], str]:
 
 
 def _model_files(folder: Path, ranks: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Give the files of the model: one, or under ZeRO-3 one per rank, in which the trained weights are left out."""
+    """Return the files of the model: one, or under ZeRO-3 one per rank, in which the trained weights are left out."""
     for file in sorted(folder.glob("*_model_states.pt")):
         content = torch.load(file, map_location="cpu", weights_only=False)
         if "dp_world_size" not in content:
@@ -181,7 +181,7 @@ def _assemble(held: list[dict[str, Any]], parts: list[Tensor], group: Mapping[st
 def _cut(
     whole: Mapping[int, _Whole], ranks: int, group: Mapping[str, Any], zero3: bool
 ) -> Iterator[tuple[Tensor, dict[str, Any], int]]:
-    """Give the partition, its state and its padding for every rank, in DeepSpeed's ways of cutting."""
+    """Return the partition, its state and its padding for every rank, in DeepSpeed's ways of cutting."""
     sizes = {number: tensor.weight.numel() for number, tensor in whole.items()}
     total = sum(sizes.values())
     share = math.ceil(total / (ALIGNMENT * ranks)) * ALIGNMENT

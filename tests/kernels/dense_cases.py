@@ -11,8 +11,8 @@ import triton
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from sgc.backends.triton import dense
-from sgc.backends.triton.batch import Batch, Entry
+from sgc.backends.triton import whitened
+from sgc.backends.triton.batch import Batch, TensorUpdate
 from sgc.codec.layout import make_layout
 from tests.kernels.compiled import HOPPER, signature_of
 
@@ -25,13 +25,16 @@ def entry(shape, gradients, weights, stochastic):
         state = {"row": torch.zeros(layout.rows), "col": torch.zeros(layout.cols)}
     state["step"] = torch.zeros(())
     gradient = torch.zeros(shape, dtype=gradients)
-    return Entry(weight, gradient, state, layout, 1e-3, 1e-5, 1e-8, (0.9, 0.999), 7, stochastic)
+    return TensorUpdate(weight, gradient, state, layout, 1e-3, 1e-5, 1e-8, (0.9, 0.999), 7, stochastic)
 
 
 def launches():
     yield "aligned bf16", lambda: step((512, 512), torch.bfloat16, torch.bfloat16, True)
     yield "aligned dense bf16", lambda: step((1024,), torch.bfloat16, torch.bfloat16, True)
-    yield "aligned sums bf16", lambda: dense.square_sums(torch.zeros(512, 512, dtype=torch.bfloat16), layout(512, 512))
+    yield (
+        "aligned sums bf16",
+        lambda: whitened.square_sums(torch.zeros(512, 512, dtype=torch.bfloat16), layout(512, 512)),
+    )
     yield "aligned shard bf16", lambda: shard(80, 640)
     yield "odd shard bf16", lambda: shard(5, 0)
     yield "aligned fp32", lambda: step((512, 512), torch.float32, torch.float32, False)
@@ -48,7 +51,7 @@ def shard(offset, missing):
     grid = torch.zeros(512, 512, dtype=torch.bfloat16)
     weight = torch.zeros(512 * 512 - offset - missing, dtype=torch.bfloat16)
     a, b = torch.zeros(2, 512)
-    dense.apply_whitened(weight, grid, layout(512, 512), a, b, 1e-8, 1, 0, 1 << 31, offset)
+    whitened.apply_whitened(weight, grid, layout(512, 512), a, b, 1e-8, 1, 0, 1 << 31, offset)
 
 
 def step(shape, *kind):

@@ -2,7 +2,7 @@
 
 import torch
 
-from sgc.backends.triton import decode, encode
+from sgc.backends.triton import encode, recover, scatter
 from sgc.codec.layout import make_layout
 from sgc.codec.project import Projection
 
@@ -44,10 +44,10 @@ def launch(shape, chunk_size, sketch_size, sparsity, dtype):
     layout, projection = make_layout(shape, chunk_size), Projection(sketch_size, 0)
     x, sketch = torch.ones(shape, dtype=dtype), torch.zeros(layout.chunks, sketch_size)
     whitening = (torch.ones(layout.rows), torch.ones(layout.cols), torch.ones(layout.rows, dtype=torch.bool))
-    into, norm = encode.Into(sketch, "residual", 0.9), torch.ones(())
+    into, norm = encode.Into(sketch, 0.9, averages=False), torch.ones(())
     encode.encode(x, layout, whitening, projection, sparsity, 1e-8, into=into, norm=norm)
     encode.encode(x, layout, None, projection, sparsity, 1e-8, factor=torch.ones(()), squares=True)
     encode.select(x, layout, (*whitening[:2], None), sparsity, 1e-8)
-    index, value = decode.decode(sketch, layout, projection, sparsity, take=True, norm=norm)
-    decode.apply(x, layout, index, value, 1e-3, 0.0, 1, norm=norm)
-    decode.apply(x, layout, index, value, 1e-3, 1e-5, None)
+    index, value = recover.recover(sketch, layout, projection, sparsity, take=True, norm=norm)
+    scatter.apply(x, layout, index, value, 1e-3, 0.0, 1, norm=norm)
+    scatter.apply(x, layout, index, value, 1e-3, 1e-5, None)

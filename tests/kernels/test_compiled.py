@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.parametrize(
-    ("cases", "kernels"), [("tests.kernels.sketch_cases", {"_encode": 3, "_decode": 1, "_apply": 2})]
+    ("cases", "kernels"), [("tests.kernels.sketch_cases", {"_encode": 3, "_recover": 1, "_apply": 2})]
 )
 def test_every_kernel_compiles_for_an_h100(cases, kernels, tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": "."}

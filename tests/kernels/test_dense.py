@@ -14,7 +14,7 @@ from triton import language as tl
 
 from sgc import SGC
 from sgc.apply import apply_whitened
-from sgc.backends.triton import batch, dense
+from sgc.backends.triton import adamw, batch, table, whitened
 from sgc.codec.encode import Whitening
 from sgc.codec.layout import make_layout
 from sgc.codec.project import mix
@@ -36,9 +36,9 @@ SKETCHED = {"chunk_size": 64, "sketch_size": 16, "sparsity": 2}
 def larger_pieces(monkeypatch, forced, real_sizes):
     """In the interpreter an operation costs the same for every size: take larger tiles, and fewer."""
     if not real_sizes:
-        for module, names in ((batch, ("SUMMED", "MOVED")), (dense, ("SUMMED",))):
+        for module, names in ((batch, ("SUMMED", "MOVED")), (whitened, ("SUMMED",))):
             for name in names:
-                monkeypatch.setattr(module, name, dense.SMALL_TILE // 2)
+                monkeypatch.setattr(module, name, whitened.SMALL_TILE // 2)
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def assert_near(found, expected, tolerance):
 def test_square_sums_are_those_of_torch(shape, dtype, device):
     gradient = torch.randn(shape, device=device).to(dtype)
     layout = make_layout(shape, 256)
-    row, col = dense.square_sums(gradient, layout)
+    row, col = whitened.square_sums(gradient, layout)
     expected = square_sums(layout.grid(gradient), layout)
     torch.testing.assert_close((row, col), expected, rtol=SUM, atol=0)
 
@@ -230,9 +230,9 @@ def test_stochastic_rounding_takes_a_neighbour_and_the_mean_of_many_is_exact(dev
 @triton.jit
 def store_noise(hashes, noise, seed, N: tl.constexpr):
     at = tl.arange(0, N)
-    keys = dense.mixed(at.to(tl.uint32) ^ seed.to(tl.uint32))
+    keys = table.mixed(at.to(tl.uint32) ^ seed.to(tl.uint32))
     tl.store(hashes + at, keys.to(tl.int64))
-    drawn = dense.noise_of(keys[:, None], dense.mixed(at.to(tl.uint32))[None, :])
+    drawn = table.noise_of(keys[:, None], table.mixed(at.to(tl.uint32))[None, :])
     tl.store(noise + at[:, None] * N + at[None, :], drawn.to(tl.int64))
 
 
@@ -314,8 +314,9 @@ def test_launches_do_not_grow_with_the_number_of_tensors(device, monkeypatch):
     counts = []
     for tensors in (1, 4):
         launched: list[str] = []
-        for name in ("tile_sums", "fold_sums", "move_moments", "whiten_and_apply", "dense_sums", "dense_adamw"):
-            kernel = getattr(dense, name)
+        for name in ("tile_sums", "fold_sums", "move_moments", "whiten_and_apply", "adamw_sums", "adamw_step"):
+            module = adamw if name.startswith("adamw") else whitened
+            kernel = getattr(module, name)
 
             class Counted:
                 def __init__(self, kernel=kernel, launched=launched):
@@ -325,7 +326,7 @@ def test_launches_do_not_grow_with_the_number_of_tensors(device, monkeypatch):
                     self.launched.append(grid)
                     return self.kernel[grid]
 
-            monkeypatch.setattr(dense, name, Counted())
+            monkeypatch.setattr(module, name, Counted())
         params, optimizer = make([(40, 64)] * tensors + [(33,)] * tensors, device)
         advance(params, optimizer, [0])
         counts.append(len(launched))
@@ -350,12 +351,12 @@ def test_a_change_of_the_learning_rate_compiles_nothing(device, real_sizes):
         pytest.skip("nothing is compiled in the interpreter")
     params, optimizer = make([(512, 512), (33,)], device)
     advance(params, optimizer, [0])
-    compiled = [len(kernel.device_caches[0][0]) for kernel in (dense.whiten_and_apply, dense.dense_adamw)]
+    compiled = [len(kernel.device_caches[0][0]) for kernel in (whitened.whiten_and_apply, adamw.adamw_step)]
     for step, lr in enumerate((1.0, 0.0, 16.0, 1e-3), start=1):
         for group in optimizer.param_groups:
             group["lr"] = lr
         advance(params, optimizer, [step + 4])
-    assert compiled == [len(kernel.device_caches[0][0]) for kernel in (dense.whiten_and_apply, dense.dense_adamw)]
+    assert compiled == [len(kernel.device_caches[0][0]) for kernel in (whitened.whiten_and_apply, adamw.adamw_step)]
 
 
 @pytest.mark.parametrize("changed", [{}, SKETCHED, {"sparsity": 2}], ids=["dense", "sketched", "sparse"])
@@ -385,7 +386,7 @@ def test_the_kernels_compile_for_an_h100_and_move_16_bytes_at_a_time(tmp_path):
     lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
     accesses = {(line["case"], line["kernel"]): line["accesses"] for line in lines}
     assert len(accesses) == 24
-    reading = {"tile_sums", "tile_sums_of_one", "whiten_and_apply", "whiten_and_apply_one", "dense_sums", "dense_adamw"}
+    reading = {"tile_sums", "tile_sums_of_one", "whiten_and_apply", "whiten_and_apply_one", "adamw_sums", "adamw_step"}
     for (case, kernel), found in accesses.items():
         if case.startswith("aligned") and kernel in reading:
             assert "ld.global.v4.b32" in found, (case, kernel)

@@ -141,7 +141,9 @@ def test_moves_the_moment_in_the_same_pass(rule, device):
         expected.mul_(0.9).add_(p)
     else:
         ema(expected, p, 0.9)
-    got, _ = kernel.encode(grid, layout, whitening[:3], projection, 4, 1e-8, into=kernel.Into(moment, rule, 0.9))
+    got, _ = kernel.encode(
+        grid, layout, whitening[:3], projection, 4, 1e-8, into=kernel.Into(moment, 0.9, averages=rule == "ema")
+    )
     assert got.data_ptr() == moment.data_ptr()
     assert (got - expected).abs().max() <= SUM * expected.abs().max()
 
@@ -150,7 +152,7 @@ def test_writes_nothing_beyond_its_chunks(device):
     layout, projection = make_layout((5, 77), 32), Projection(20, seed=1)
     grid = gradient_of((5, 77), torch.float32, 0, device)
     held = torch.full((layout.chunks + 64, 20), torch.nan, device=device)
-    into = kernel.Into(held[: layout.chunks].zero_(), "residual", 1.0)
+    into = kernel.Into(held[: layout.chunks].zero_(), 1.0, averages=False)
     kernel.encode(grid, layout, None, projection, 4, 1e-8, into=into)
     assert held[: layout.chunks].isfinite().all()
     assert held[layout.chunks :].isnan().all()

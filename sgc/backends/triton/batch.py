@@ -16,32 +16,26 @@ import torch
 import triton
 from torch import Tensor
 
-from sgc.backends.triton import decode, dense, encode
+from sgc.backends.triton import adamw, encode, recover, scatter, whitened
+from sgc.backends.triton.adamw import BLOCK
 from sgc.backends.triton.chunks import on_device_of
-from sgc.backends.triton.dense import (
-    BLOCK,
+from sgc.backends.triton.table import (
     DTYPES,
-    FOLDED,
     FOUR_WARPS,
-    MOVED,
     ONE_WARP,
     RATES,
-    SUMMED,
     SUMS_AT,
     WORDS,
-    aligned,
     log_or_less,
-    passes,
-    tile_height,
-    tile_width,
 )
+from sgc.backends.triton.whitened import FOLDED, MOVED, SUMMED, aligned, passes, tile_height, tile_width
 
 if TYPE_CHECKING:
     from sgc.codec.layout import Layout
     from sgc.codec.project import Projection
 
 WAVE_ENTRIES = 1 << 30  # of the tensors launched together: their scratch takes 4 bytes for every 85 of them, 50 MB
-MOST_PLANS = 8  # sets of tensors, as experts or adapters make, whose tables are kept
+MOST_TABLES = 8  # sets of tensors, as experts or adapters make, whose tables are kept
 
 
 class Sparse(NamedTuple):
@@ -49,12 +43,12 @@ class Sparse(NamedTuple):
 
     sparsity: int  # s, of the gradient; without A it is s'
     recovered: int  # s'
-    projection: Projection | None  # A, and E is moved by "residual"; None: what is selected is the update
+    projection: Projection | None  # A, and E ← ρE + p; None: what is selected is the update
     probed: int  # chunks, the first ones, of which `noted` wants to know
     noted: Callable[[Tensor, Tensor, Tensor | None], None] | None  # is told their index, value (c, s'), E before (c, k)
 
 
-class Entry(NamedTuple):
+class TensorUpdate(NamedTuple):
     """One tensor's update, of weights and gradient in which `obstacle` sees none."""
 
     weight: Tensor  # contiguous
@@ -67,7 +61,7 @@ class Entry(NamedTuple):
     betas: tuple[float, float]
     seed: int  # 32 bits, of stochastic rounding at this step
     stochastic: bool  # whether bf16 weights are rounded so
-    sparse: Sparse | None = None  # None: every entry moves
+    sparse: Sparse | None = None  # None: every one moves
 
     @property
     def moments(self) -> tuple[Tensor, Tensor]:
@@ -88,11 +82,11 @@ class Kind(NamedTuple):
     across: int  # BN; 0 for tensors kept dense
 
     def constants(self) -> dict[str, Any]:
-        """Give what kernels are compiled for."""
+        """Return what kernels are compiled for."""
         return {"DTYPE": DTYPES[self.gradients], "ALIGNED": self.aligned}
 
     def weight_constants(self) -> dict[str, Any]:
-        """Give what kernels that move weights are compiled for."""
+        """Return what kernels that move weights are compiled for."""
         return {**self.constants(), "WEIGHTS": DTYPES[self.weights], "STOCHASTIC": self.stochastic, **FOUR_WARPS}
 
 
@@ -107,7 +101,7 @@ class Launch(NamedTuple):
     scratch: int  # fp32 numbers
 
 
-class Plan(NamedTuple):
+class Tables(NamedTuple):
     """Tables for a set of tensors."""
 
     layouts: list[Layout | None]
@@ -138,7 +132,7 @@ class Pending:
         return self._event is None or self._event.query()
 
     def settle(self) -> list[float]:
-        """Give the norms, and take back the counts of updates that were none; to be called once."""
+        """Return the norms, and take back the counts of updates that were none; to be called once."""
         if self._event is not None:
             self._event.synchronize()
         norms: list[float] = self._norms.tolist()
@@ -158,12 +152,12 @@ class Batch:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._plans: dict[Any, Plan] = {}
+        self._known: dict[Any, Tables] = {}
         self._slots: dict[int, int] = {}  # address of a weight → slot
         self._settled: list[int] = []  # by slot: calls that were no updates, as far as the host has learnt
         self._missed = torch.zeros(0, dtype=torch.int32, device=device)  # by slot: all of them
 
-    def update(self, entries: Sequence[Entry]) -> Pending:
+    def update(self, updates: Sequence[TensorUpdate]) -> Pending:
         """Make one update of every tensor whose gradient is finite; decay those whose gradient is all zero.
 
         Weights and R, C or the moments are changed, and `state["step"]` counts an update until the result is settled.
@@ -172,25 +166,25 @@ class Batch:
             Their norms, when they arrive.
         """
         with on_device_of(self._missed):
-            return self._update(entries)
+            return self._update(updates)
 
-    def _update(self, entries: Sequence[Entry]) -> Pending:
-        whole = (e if e.gradient.is_contiguous() else e._replace(gradient=e.gradient.contiguous()) for e in entries)
-        entries = list(whole)
-        plan = self._plan(entries)
-        table = self._table(entries, plan)
-        norms = torch.empty(len(entries), dtype=torch.float32, device=self._device)
-        missed = (self._missed, norms, plan.missed_now, len(entries))
-        for launch in plan.launches:
+    def _update(self, updates: Sequence[TensorUpdate]) -> Pending:
+        whole = (e if e.gradient.is_contiguous() else e._replace(gradient=e.gradient.contiguous()) for e in updates)
+        updates = list(whole)
+        tables = self._tables(updates)
+        table = self._table(updates, tables)
+        norms = torch.empty(len(updates), dtype=torch.float32, device=self._device)
+        missed = (self._missed, norms, tables.missed_now, len(updates))
+        for launch in tables.launches:
             parts = self._run(launch, table, missed)
             for number in launch.numbers if launch.kind.sparse else ():
-                move_sparsely(entries[number], parts[plan.sums_at[number] :], norms[number])
-        self._missed.index_copy_(0, plan.slots_there, plan.missed_now)
-        weights = [e.weight for e in entries]
+                move_sparsely(updates[number], parts[tables.sums_at[number] :], norms[number])
+        self._missed.index_copy_(0, tables.slots_there, tables.missed_now)
+        weights = [e.weight for e in updates]
         torch.autograd.graph.increment_version(weights)
-        steps = [e.state["step"] for e in entries]
+        steps = [e.state["step"] for e in updates]
         torch._foreach_add_(steps, 1)
-        return Pending(norms, weights, steps, plan.slots, self._settled)
+        return Pending(norms, weights, steps, tables.slots, self._settled)
 
     def _run(self, launch: Launch, table: Tensor, missed: tuple[Tensor, Tensor, Tensor, int]) -> Tensor:
         """Launch all that many tensors share, and give the scratch, where a and b of each now lie."""
@@ -198,67 +192,69 @@ class Batch:
         tiles, folds = (len(launch.tiles),), (len(launch.folds),)
         totals = torch.empty(2 * max(*tiles, *folds), dtype=torch.float32, device=self._device)
         if not kind.factored:
-            dense.dense_sums[tiles](table, launch.tiles, totals, count, **kind.constants(), **FOUR_WARPS)
-            dense.dense_adamw[tiles](table, launch.tiles, totals, *missed, **kind.weight_constants())
+            adamw.adamw_sums[tiles](table, launch.tiles, totals, count, **kind.constants(), **FOUR_WARPS)
+            adamw.adamw_step[tiles](table, launch.tiles, totals, *missed, **kind.weight_constants())
             return totals
         across, down = kind.across, launch.down
         parts = torch.empty(launch.scratch, dtype=torch.float32, device=self._device)
         sizes = passes(across, down, SUMMED)
-        dense.tile_sums[tiles](table, launch.tiles, parts, count, **kind.constants(), **sizes, **ONE_WARP)
-        dense.fold_sums[folds](table, launch.folds, parts, totals, count, across, down, **FOUR_WARPS)
-        dense.move_moments[folds](table, launch.folds, parts, totals, *missed, **FOUR_WARPS)
+        whitened.tile_sums[tiles](table, launch.tiles, parts, count, **kind.constants(), **sizes, **ONE_WARP)
+        whitened.fold_sums[folds](table, launch.folds, parts, totals, count, across, down, **FOUR_WARPS)
+        whitened.move_moments[folds](table, launch.folds, parts, totals, *missed, **FOUR_WARPS)
         sizes = passes(across, down, MOVED)
         if not kind.sparse:
-            dense.whiten_and_apply[tiles](table, launch.tiles, parts, norms, count, **kind.weight_constants(), **sizes)
+            whitened.whiten_and_apply[tiles](
+                table, launch.tiles, parts, norms, count, **kind.weight_constants(), **sizes
+            )
         return parts
 
-    def _table(self, entries: Sequence[Entry], plan: Plan) -> Tensor:
+    def _table(self, updates: Sequence[TensorUpdate], tables: Tables) -> Tensor:
         """Write what changes with every step beside what does not, and send it."""
-        bases = torch.stack([e.state["step"] for e in entries]).tolist()
+        bases = torch.stack([e.state["step"] for e in updates]).tolist()
         settled = self._settled
         words = [
-            [e.gradient.data_ptr() for e in entries],
-            [int(base) + settled[slot] for base, slot in zip(bases, plan.slots, strict=True)],
-            [e.seed for e in entries],
+            [e.gradient.data_ptr() for e in updates],
+            [int(base) + settled[slot] for base, slot in zip(bases, tables.slots, strict=True)],
+            [e.seed for e in updates],
         ]
         rates = [
-            [e.lr for e in entries],
-            [1 - e.decay for e in entries],
-            [e.eps for e in entries],
-            [e.betas[0] for e in entries],
-            [e.betas[1] for e in entries],
-            [log_or_less(e.betas[0]) for e in entries],
-            [log_or_less(e.betas[1]) for e in entries],
+            [e.lr for e in updates],
+            [1 - e.decay for e in updates],
+            [e.eps for e in updates],
+            [e.betas[0] for e in updates],
+            [e.betas[1] for e in updates],
+            [log_or_less(e.betas[0]) for e in updates],
+            [log_or_less(e.betas[1]) for e in updates],
         ]
         changing = [torch.tensor(words), torch.tensor(rates, dtype=torch.float64).view(torch.int64)]
-        return self._send(torch.cat([*changing, plan.static]))
+        return self._send(torch.cat([*changing, tables.static]))
 
-    def _plan(self, entries: Sequence[Entry]) -> Plan:
-        key = tuple(map(signature_of, entries))
-        if key not in self._plans:
-            if len(self._plans) == MOST_PLANS:
-                self._plans.pop(next(iter(self._plans)))
-            self._plans[key] = self._make_plan(entries)
-        return self._plans[key]
+    def _tables(self, updates: Sequence[TensorUpdate]) -> Tables:
+        key = tuple(map(signature_of, updates))
+        if key not in self._known:
+            if len(self._known) == MOST_TABLES:
+                self._known.pop(next(iter(self._known)))
+            self._known[key] = self._make_tables(updates)
+        return self._known[key]
 
-    def _make_plan(self, entries: Sequence[Entry]) -> Plan:
-        slots = [self._slots.setdefault(e.weight.data_ptr(), len(self._slots)) for e in entries]
+    def _make_tables(self, updates: Sequence[TensorUpdate]) -> Tables:
+        slots = [self._slots.setdefault(e.weight.data_ptr(), len(self._slots)) for e in updates]
         new = len(self._slots) - len(self._settled)
         self._settled += [0] * new
         self._missed = torch.cat([self._missed, self._missed.new_zeros(new)])
-        columns: list[list[int]] = [[0] * (WORDS - RATES)] * len(entries)
+        columns: list[list[int]] = [[0] * (WORDS - RATES)] * len(updates)
         launches = []
-        for kind, numbers in waves(entries):
+        for kind, numbers in waves(updates):
             tiles, folds, scratch, owners, folders = 0, 0, 0, [], []
-            wave = sum(entries[number].weight.numel() for number in numbers)
+            wave = sum(updates[number].weight.numel() for number in numbers)
             high = tile_height(kind.across, wave) if kind.factored else 0
             for number in numbers:
-                entry = entries[number]
-                first, second = (moment.data_ptr() for moment in entry.moments)
-                held = [entry.weight.data_ptr(), first, second]
-                layout = entry.layout
+                one = updates[number]
+                first, second = (moment.data_ptr() for moment in one.moments)
+                held = [one.weight.data_ptr(), first, second]
+                layout = one.layout
                 if layout is None:
-                    numel = entry.weight.numel()
+                    numel = one.weight.numel()
                     columns[number] = [*held, 1, numel, numel, slots[number], tiles, 0, 0, 0, 0]
                     own, folding = triton.cdiv(numel, BLOCK.value), 0
                 else:
@@ -278,8 +274,8 @@ class Batch:
         static = torch.tensor(columns, dtype=torch.int64).T.contiguous()
         none = torch.zeros(len(slots), dtype=torch.int32, device=self._device)
         sums_at = [column[SUMS_AT.value - RATES] for column in columns]
-        layouts = [e.layout for e in entries]
-        return Plan(layouts, static, sums_at, launches, slots, self._send(torch.tensor(slots)), none)
+        layouts = [e.layout for e in updates]
+        return Tables(layouts, static, sums_at, launches, slots, self._send(torch.tensor(slots)), none)
 
     def _send(self, here: Tensor) -> Tensor:
         """Copy to the device without waiting; pinned memory is not given to others before it has been read."""
@@ -290,35 +286,35 @@ class Batch:
         return self._send(tensors.repeat_interleave(torch.tensor(programs)))
 
 
-def move_sparsely(entry: Entry, factors: Tensor, norm: Tensor) -> None:
+def move_sparsely(one: TensorUpdate, factors: Tensor, norm: Tensor) -> None:
     """Encode, recover and apply one tensor's update, in a launch each.
 
     Args:
-        entry: with `sparse`.
+        one: with `sparse`.
         factors: a (rows,), then b (cols,), and what follows is not read.
         norm: of its gradient, () fp32.
     """
-    weight, gradient, layout, sparse = entry.weight, entry.gradient, entry.layout, entry.sparse
+    weight, gradient, layout, sparse = one.weight, one.gradient, one.layout, one.sparse
     assert layout is not None
     assert sparse is not None
     whitening = factors[: layout.rows], factors[layout.rows : layout.rows + layout.cols], None
     before, projection = None, sparse.projection
     if projection is None:
-        index, value = encode.select(gradient, layout, whitening, sparse.sparsity, entry.eps, norm=norm)
+        index, value = encode.select(gradient, layout, whitening, sparse.sparsity, one.eps, norm=norm)
     else:
-        sketch = entry.state["sketch"].view(layout.chunks, projection.sketch_size)
-        into = encode.Into(sketch, "residual", entry.betas[0])
-        encode.encode(gradient, layout, whitening, projection, sparse.sparsity, entry.eps, into=into, norm=norm)
+        sketch = one.state["sketch"].view(layout.chunks, projection.sketch_size)
+        into = encode.Into(sketch, one.betas[0], averages=False)
+        encode.encode(gradient, layout, whitening, projection, sparse.sparsity, one.eps, into=into, norm=norm)
         before = None if sparse.noted is None else sketch[: sparse.probed].clone()
-        index, value = decode.decode(sketch, layout, projection, sparse.recovered, take=True, norm=norm)
-    seed = entry.seed if entry.stochastic and weight.dtype is torch.bfloat16 else None
-    decode.apply(weight, layout, index, value, entry.lr, entry.decay, seed, norm=norm)
+        index, value = recover.recover(sketch, layout, projection, sparse.recovered, take=True, norm=norm)
+    seed = one.seed if one.stochastic and weight.dtype is torch.bfloat16 else None
+    scatter.apply(weight, layout, index, value, one.lr, one.decay, seed, norm=norm)
     if sparse.noted is not None:
         sparse.noted(index[: sparse.probed], value[: sparse.probed], before)
 
 
 def obstacle(weight: Tensor, gradient: Tensor) -> str | None:
-    """Say why the kernels can't make an update, or None."""
+    """Return why the kernels can't make an update, or None."""
     for tensor in (weight, gradient):
         if tensor.dtype not in DTYPES:
             return f"its dtype is {tensor.dtype}"
@@ -330,49 +326,49 @@ def obstacle(weight: Tensor, gradient: Tensor) -> str | None:
 
 
 def sparse_obstacle(weight: Tensor, layout: Layout, dtype: torch.dtype, sparse: Sparse, recovery: str) -> str | None:
-    """Say why the kernels can't make a sparse update of a tensor, given the dtype of its gradient, or None."""
+    """Return why the kernels can't make a sparse update of a tensor, given the dtype of its gradient, or None."""
     found = encode.obstacle(layout, dtype, sparse.sparsity, sparse.projection)
     if found is None and sparse.projection is not None:
-        found = decode.obstacle(layout, sparse.projection, sparse.recovered, recovery)
-    return decode.move_obstacle(weight, layout) if found is None else found
+        found = recover.obstacle(layout, sparse.projection, sparse.recovered, recovery)
+    return scatter.obstacle(weight, layout) if found is None else found
 
 
-def signature_of(entry: Entry) -> tuple[Any, ...]:
-    """Give what the tables of a plan depend on, of a tensor; a plan holds its layouts, so that their ids are theirs."""
-    weight, gradient = entry.weight, entry.gradient
-    first, second = entry.moments
+def signature_of(one: TensorUpdate) -> tuple[Any, ...]:
+    """Return what tables depend on, of one tensor; they hold its layout, so that no other has its id."""
+    weight, gradient = one.weight, one.gradient
+    first, second = one.moments
     addresses = (weight.data_ptr(), first.data_ptr(), second.data_ptr(), gradient.data_ptr() % 16)
     dtypes = gradient.dtype, weight.dtype
-    return *addresses, id(entry.layout), weight.numel(), *dtypes, entry.stochastic, entry.sparse is None
+    return *addresses, id(one.layout), weight.numel(), *dtypes, one.stochastic, one.sparse is None
 
 
-def kind_of(entry: Entry) -> Kind:
-    """Say with which tensors one can be launched."""
-    weight, gradient, layout = entry.weight, entry.gradient, entry.layout
+def kind_of(one: TensorUpdate) -> Kind:
+    """Return the kind of tensors that one can be launched with."""
+    weight, gradient, layout = one.weight, one.gradient, one.layout
     addresses = [weight.data_ptr(), gradient.data_ptr()]
-    stochastic = entry.stochastic and weight.dtype is torch.bfloat16
+    stochastic = one.stochastic and weight.dtype is torch.bfloat16
     if layout is None:
-        addresses += [moment.data_ptr() for moment in entry.moments]
+        addresses += [moment.data_ptr() for moment in one.moments]
         fits = weight.numel() % 8 == 0 and all(address % 16 == 0 for address in addresses)
         return Kind(False, False, gradient.dtype, weight.dtype, fits, stochastic, 0)
     across = tile_width(layout.cols, gradient.element_size())
-    sparse = entry.sparse is not None
+    sparse = one.sparse is not None
     return Kind(True, sparse, gradient.dtype, weight.dtype, aligned(layout, *addresses), stochastic, across)
 
 
-def waves(entries: Sequence[Entry]) -> Iterator[tuple[Kind, list[int]]]:
+def waves(updates: Sequence[TensorUpdate]) -> Iterator[tuple[Kind, list[int]]]:
     """Yield the numbers of the tensors to be launched together."""
     kinds: dict[Kind, list[int]] = {}
-    for number, entry in enumerate(entries):
-        kinds.setdefault(kind_of(entry), []).append(number)
+    for number, one in enumerate(updates):
+        kinds.setdefault(kind_of(one), []).append(number)
     for kind, numbers in kinds.items():
         wave: list[int] = []
         held = 0
         for number in numbers:
-            entries_of = entries[number].weight.numel()
-            if wave and held + entries_of > WAVE_ENTRIES:
+            entries = updates[number].weight.numel()
+            if wave and held + entries > WAVE_ENTRIES:
                 yield kind, wave
                 wave, held = [], 0
             wave.append(number)
-            held += entries_of
+            held += entries
         yield kind, wave

@@ -28,18 +28,18 @@ NO_TAG = tl.constexpr(1 << 30)
 
 
 def power_of_two(n: int) -> int:
-    """Give the least power of two that is at least n."""
+    """Return the least power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()
 
 
 def group_length(n: int, slots: int) -> int:
-    """Give the length L of groups of n entries, `slots` groups or more: n/L + slots·L, what is searched, is least."""
+    """Return the length L of groups of n entries, `slots` groups or more: n/L + slots·L, what is searched, is least."""
     lengths = [1 << power for power in range(6) if n >> power >= slots]
     return min(lengths, key=lambda length: n // length + slots * length)
 
 
 def shape_of(layout: Layout) -> dict[str, int | bool]:
-    """Give what a kernel is compiled for: how many layouts a model has, so many versions of it."""
+    """Return what a kernel is compiled for: how many layouts a model has, so many versions of it."""
     return {
         "N": layout.chunk,
         "COLS": layout.cols,
@@ -50,7 +50,7 @@ def shape_of(layout: Layout) -> dict[str, int | bool]:
 
 
 def root_of(sketch_size: int) -> float:
-    """Give 1/√k, the size of the entries of A."""
+    """Return 1/√k, the size of the entries of A."""
     return 1 / math.sqrt(sketch_size)
 
 

@@ -1,6 +1,6 @@
 """The fused sparse projection: whiten, sparsify, project and move the moments in one read of the gradient.
 
-The twins are `sgc.step.encode` and `sgc.step.select`, and for the moments `sgc.moments.residual` and `whitened`.
+The twins are `encode` and `select` of `sgc.codec.encode`; how moments move is `sgc.moments`'.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Into(NamedTuple):
     """Where a sketch goes: the held moment (c, k) fp32, and how it moves."""
 
     moment: Tensor
-    rule: str  # "residual": E ← ρE + p; "ema": M ← M + (1 − β1)(p − M)
     beta: float  # ρ or β1
+    averages: bool  # M ← M + (1 − β1)(p − M); else E ← ρE + p
 
 
 def obstacle(layout: Layout, dtype: torch.dtype, sparsity: int, projection: Projection | None) -> str | None:
-    """Say why the kernel can't encode such chunks, or None."""
+    """Return why the kernel can't encode such chunks, or None."""
     if dtype not in DTYPES:
         return f"gradients are {dtype}"
     if layout.chunk > MOST_ENTRIES:
@@ -76,15 +76,15 @@ def encode(
     Args:
         gradient: of `layout.numel` entries, contiguous, finite; a padded grid of them will do.
         layout: its chunks.
-        whitening: a (rows,), b (cols,) and busy (rows,) of `sgc.step.Whitening`, or None; a row where a is 0 is not
-            busy.
+        whitening: a (rows,), b (cols,) and busy (rows,), as in `sgc.codec.encode.Whitening`, or None; a row where a is
+            0 is not busy.
         projection: A.
         sparsity: s.
         eps: ε.
         factor: multiplies the gradient first, () fp32.
         into: the moment that takes the sketch, in place.
-        squares: also give the sketch of the squares.
-        norm: of the gradient, () fp32: unless it is finite and above 0, p is 0 and E stays as it is. For "residual".
+        squares: whether the squares are sketched, too.
+        norm: of the gradient, () fp32: unless it is finite and above 0, p is 0 and E stays as it is; not for averages.
 
     Returns:
         The moment as it is now, or without one p (c, k) fp32; and q (c, k) fp32, or None.
@@ -93,7 +93,7 @@ def encode(
     out = into.moment if into is not None else gradient.new_empty(shape, dtype=torch.float32)
     square = gradient.new_empty(shape, dtype=torch.float32) if squares else None
     words = projection.words(layout.chunk, gradient.device)
-    mode = 0 if into is None else {"residual": 1, "ema": 2}[into.rule]
+    mode = 0 if into is None else 1 + into.averages
     beta = 0.0 if into is None else into.beta
     k = projection.sketch_size
     _launch(gradient, factor, norm, layout, whitening, sparsity, eps, words, k, out, square, mode, beta)

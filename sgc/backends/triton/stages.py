@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from sgc.backends import choose
-from sgc.backends.triton import decode as recovering
-from sgc.backends.triton import dense
 from sgc.backends.triton import encode as encoding
+from sgc.backends.triton import recover as recovering
+from sgc.backends.triton import scatter, whitened
+from sgc.backends.triton.table import DTYPES
 
 if TYPE_CHECKING:
     from sgc.codec.encode import Whitening
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 
 
 def square_sums(grid: Tensor, layout: Layout) -> Any:
-    """Do `sgc.whiten.square_sums`."""
-    obstacle = None if grid.dtype in dense.DTYPES else f"gradients are {grid.dtype}"
+    """Compute `sgc.whiten.square_sums`."""
+    obstacle = None if grid.dtype in DTYPES else f"gradients are {grid.dtype}"
     if not choose("statistics", grid.device, obstacle).fused:
         return NotImplemented
-    return dense.square_sums(grid, layout)
+    return whitened.square_sums(grid, layout)
 
 
 def encode(
@@ -39,7 +40,7 @@ def encode(
     factor: Tensor | None = None,
     squares: bool = False,
 ) -> Any:
-    """Do `sgc.codec.encode.encode`."""
+    """Compute `sgc.codec.encode.encode`."""
     if not _takes(grid, layout, sparsity, projection):
         return NotImplemented
     eps, factors = (0.0, None) if whitening is None else (whitening.eps, whitening[:3])
@@ -48,7 +49,7 @@ def encode(
 
 
 def select(grid: Tensor, layout: Layout, whitening: Whitening | None, sparsity: int) -> Any:
-    """Do `sgc.codec.encode.select`."""
+    """Compute `sgc.codec.encode.select`."""
     if not _takes(grid, layout, sparsity, None):
         return NotImplemented
     eps, factors = (0.0, None) if whitening is None else (whitening.eps, whitening[:3])
@@ -62,13 +63,13 @@ def _takes(grid: Tensor, layout: Layout, sparsity: int, projection: Projection |
 def recover(
     sketch: Tensor, layout: Layout, projection: Projection, sparsity: int, method: str = "omp", *, take: bool = False
 ) -> Any:
-    """Do `sgc.codec.recover.recover`."""
+    """Compute `sgc.codec.recover.recover`."""
     obstacle = recovering.obstacle(layout, projection, sparsity, method)
     if take and not sketch.is_contiguous():
         obstacle = "the sketch is not contiguous"
     if not choose("recover", sketch.device, obstacle).fused:
         return NotImplemented
-    return recovering.decode(sketch.contiguous(), layout, projection, sparsity, take=take)
+    return recovering.recover(sketch.contiguous(), layout, projection, sparsity, take=take)
 
 
 def apply_sparse(
@@ -80,11 +81,11 @@ def apply_sparse(
     decay: float,
     generator: torch.Generator | None,
 ) -> Any:
-    """Do `sgc.apply.apply_sparse`."""
-    if not choose("apply", weight.device, recovering.move_obstacle(weight, layout)).fused:
+    """Compute `sgc.apply.apply_sparse`."""
+    if not choose("apply", weight.device, scatter.obstacle(weight, layout)).fused:
         return NotImplemented
     seed = None if generator is None else generator.initial_seed()
-    recovering.apply(weight, layout, index.contiguous(), value.contiguous(), lr, decay, seed)
+    scatter.apply(weight, layout, index.contiguous(), value.contiguous(), lr, decay, seed)
     return None
 
 
@@ -98,13 +99,13 @@ def apply_whitened(
     generator: torch.Generator | None,
     offset: int = 0,
 ) -> Any:
-    """Do `sgc.apply.apply_whitened`."""
-    dtypes = [tensor.dtype for tensor in (weight, grid) if tensor.dtype not in dense.DTYPES]
+    """Compute `sgc.apply.apply_whitened`."""
+    dtypes = [tensor.dtype for tensor in (weight, grid) if tensor.dtype not in DTYPES]
     if not choose("apply", weight.device, f"its dtype is {dtypes[0]}" if dtypes else None).fused:
         return NotImplemented
     a = whitening.a if whitening.busy is None else whitening.a * whitening.busy
     seed = None if generator is None else generator.initial_seed()
     if weight.numel():
         grid = grid.contiguous()
-        dense.apply_whitened(weight, grid, layout, a, whitening.b, whitening.eps, lr, decay, seed, offset)
+        whitened.apply_whitened(weight, grid, layout, a, whitening.b, whitening.eps, lr, decay, seed, offset)
     return None

@@ -1,10 +1,9 @@
 """The default path fused: row and column means of g² in one read, then W ← (1 − decay)·W − lr·w in another.
 
-The twins are `sgc.step.square_sums`, `sgc.step.apply_memoryless` and, for tensors kept dense, `sgc.step.adamw_update`
-with `sgc.step.apply_dense`. One launch serves many tensors: a table in device memory holds a column of 8-byte words for
-each (addresses, sizes, rates), and a program finds its tensor by its number. Nothing that changes from step to step is
-an argument of a kernel, so nothing is compiled anew. No atomics: sums of a tensor are added in the same order every
-time, so equal gradients make equal bits. For a tensor of d entries of b bytes and a weight of b' bytes:
+The twins are `sgc.whiten.square_sums` and `sgc.apply.apply_whitened`, and for tensors that are not compressed
+`sgc.moments.adamw` with `sgc.apply.move`. One launch serves many tensors, through `sgc.backends.triton.table`. No
+atomics: sums of a tensor are added in the same order every time, so equal gradients make equal bits. For a tensor of d
+entries of b bytes and a weight of b' bytes:
 
 | kernel | formula | bytes moved |
 |---|---|---|
@@ -12,8 +11,8 @@ time, so equal gradients make equal bits. For a tensor of d entries of b bytes a
 | `fold_sums` | the sums of the tiles of a row, a column; Σ of R and C as they will be | d/22 read |
 | `move_moments` | ‖g‖; R ← EMA, C ← EMA; a, b | 4 times 4·(rows + cols) |
 | `whiten_and_apply` | W ← (1 − decay)·W − lr·clip(g/(aᵢ·bⱼ + ε)) | b·d + b'·d read, b'·d written |
-| `dense_sums` | Σ g² of blocks | b·d read |
-| `dense_adamw` | ‖g‖; m, v ← EMA; W ← (1 − decay)·W − lr·m̂/(√v̂ + ε) | (b + b' + 8)·d read, (b' + 8)·d written |
+| `adamw_sums` | Σ g² of blocks | b·d read |
+| `adamw_step` | ‖g‖; m, v ← EMA; W ← (1 − decay)·W − lr·m̂/(√v̂ + ε) | (b + b' + 8)·d read, (b' + 8)·d written |
 
 Whether a gradient is finite, and not all zero, is decided on the device: `move_moments` and what follows leave alone
 what must not move, and ‖g‖ is noted for the host to read later.
@@ -21,7 +20,6 @@ what must not move, and ‖g‖ is noted for the host to read later.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +29,38 @@ from torch import Tensor
 
 from sgc import constants
 from sgc.backends.triton.chunks import on_device_of
+from sgc.backends.triton.table import (
+    BETA2,
+    COL_AT,
+    COLS,
+    EPS,
+    FIRST,
+    FOLD_AT,
+    FOUR_WARPS,
+    GRADIENT,
+    KEEP,
+    LOG_BETA2,
+    LR,
+    NUMEL,
+    ONE_WARP,
+    ROW_AT,
+    ROWS,
+    SECOND,
+    SEED,
+    SUMS_AT,
+    TILE_AT,
+    WEIGHT,
+    correction,
+    count_of,
+    eights,
+    mixed,
+    noise_of,
+    rate,
+    read,
+    sum_of,
+    word,
+    write,
+)
 
 if TYPE_CHECKING:
     from sgc.codec.layout import Layout
@@ -39,7 +69,6 @@ CLIP = tl.constexpr(constants.CLIP)
 FLOOR = tl.constexpr(constants.FLOOR)
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 TILE = 1 << 15  # entries of a tile, which leave one sum for each of its rows and columns: 1/85 of the entries
 SMALL_TILE = 1 << 13  # where such large ones would leave most of a GPU idle
 SMALL_WAVE = 1 << 26  # entries that are few
@@ -47,118 +76,6 @@ SUMMED = 1024  # entries that the one warp of `tile_sums` loads at a time, 4 loa
 MOVED = 2048  # entries that the four warps of `whiten_and_apply` load at a time
 FOLDED = tl.constexpr(128)  # rows, or columns, that a program of `fold_sums` and `move_moments` finishes
 FOLD = tl.constexpr(32)  # partial sums of each that it loads at a time
-TOTALS = tl.constexpr(256)  # sums of programs that are loaded at a time
-BLOCK = tl.constexpr(1024)  # entries of a program for a tensor kept dense
-# fusion is said, since its default changes between versions of Triton
-ONE_WARP = {"num_warps": 1, "enable_fp_fusion": True}
-FOUR_WARPS = {"num_warps": 4, "enable_fp_fusion": True}
-
-# Words of the table: what changes with every step comes first.
-GRADIENT = tl.constexpr(0)  # address
-BASE = tl.constexpr(1)  # updates the host thinks were made before this one, and those it has learnt were none
-SEED = tl.constexpr(2)  # of stochastic rounding, 32 bits
-LR = tl.constexpr(3)  # learning rate times scale, negative to maximize; this and all rates below: bits of a float64
-KEEP = tl.constexpr(4)  # 1 − decay
-EPS = tl.constexpr(5)
-BETA1 = tl.constexpr(6)
-BETA2 = tl.constexpr(7)
-LOG_BETA1 = tl.constexpr(8)
-LOG_BETA2 = tl.constexpr(9)
-WEIGHT = tl.constexpr(10)  # address
-FIRST = tl.constexpr(11)  # address of R (rows,), or of the first moment; fp32
-SECOND = tl.constexpr(12)  # address of C (cols,), or of the second moment; fp32
-ROWS = tl.constexpr(13)  # of the grid
-COLS = tl.constexpr(14)
-NUMEL = tl.constexpr(15)
-SLOT = tl.constexpr(16)  # where its count of updates that were none is
-TILE_AT = tl.constexpr(17)  # number of the first program of its tiles, or blocks
-FOLD_AT = tl.constexpr(18)  # number of the first program that folds its sums
-ROW_AT = tl.constexpr(19)  # in the scratch: sums of tiles (⌈cols / BN⌉, rows)
-COL_AT = tl.constexpr(20)  # in the scratch: sums of tiles (⌈rows / BR⌉, cols)
-SUMS_AT = tl.constexpr(21)  # in the scratch: row sums (rows,), column sums (cols,), and then a and b
-WORDS = 22
-RATES = 10  # words up to here are filled anew at every step
-
-
-@triton.jit
-def mixed(x):
-    """The hash `sgc.codec.project.mix` of uint32."""
-    x = x ^ (x >> 16)
-    x = x * 0x7FEB352D
-    x = x ^ (x >> 15)
-    x = x * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def noise_of(row_key, col_key):
-    """16 random bits of an entry, from the hashes of its row (with the seed) and of its column: the hash's second half.
-
-    The first half scrambles what the keys have been scrambled for already.
-    """
-    x = row_key ^ col_key
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x >> 16
-
-
-@triton.jit
-def read(address, at, mask, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Load fp32 from an address in the table; a bf16 is the upper half of an fp32."""
-    if DTYPE == tl.bfloat16:
-        pointer = address.to(tl.pointer_type(tl.uint16))
-    else:
-        pointer = address.to(tl.pointer_type(DTYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    x = tl.load(pointer + at, mask=mask, other=0)
-    if DTYPE == tl.bfloat16:
-        return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.float32)
-
-
-@triton.jit
-def write(address, at, x, mask, noise, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Store fp32 in the dtype of the weights: to nearest, or bf16 up or down at random, by noise below 2¹⁶."""
-    if DTYPE == tl.bfloat16:
-        pointer = address.to(tl.pointer_type(tl.uint16))
-    else:
-        pointer = address.to(tl.pointer_type(DTYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    if DTYPE == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        if STOCHASTIC:
-            upper = (bits + noise) >> 16
-        else:
-            upper = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
-        tl.store(pointer + at, upper.to(tl.uint16), mask=mask)
-    else:
-        tl.store(pointer + at, x.to(DTYPE), mask=mask)
-
-
-@triton.jit
-def word(table, tensors, number, WHICH: tl.constexpr):
-    """An integer of a tensor's column."""
-    return tl.load(table + WHICH * tensors + number)
-
-
-@triton.jit
-def rate(table, tensors, number, WHICH: tl.constexpr):
-    """A float64 of a tensor's column."""
-    return tl.load(table + WHICH * tensors + number).to(tl.float64, bitcast=True)
-
-
-@triton.jit
-def eights(size, ALIGNED: tl.constexpr):
-    """A multiple of 8 in a form in which the compiler sees it: Triton 3.6 forgets a mark on what a function returns."""
-    return size // 8 * 8 if ALIGNED else size
-
-
-@triton.jit
-def correction(log_beta, count):
-    """1 − βᵗ, in float64: at t = 1 an fp32 would lose four digits."""
-    return (1.0 - tl.exp(log_beta * count.to(tl.float64))).to(tl.float32)
 
 
 @triton.jit
@@ -273,28 +190,9 @@ def fold_sums(table, owner, parts, totals, tensors, BN: tl.constexpr, BR: tl.con
     tl.store(totals + 2 * program + 1, tl.sum(tl.where(inside, new, 0.0), 0))
 
 
-@triton.jit
-def sum_of(totals, first, count, STRIDE: tl.constexpr):
-    """The sum of `count` of the totals, in the same order for every program."""
-    total = tl.zeros((TOTALS,), tl.float32)
-    for start in range(0, count, TOTALS):
-        at = start + tl.arange(0, TOTALS)
-        total += tl.load(totals + (first + at) * STRIDE, mask=at < count, other=0.0)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def count_of(table, tensors, number, missed, norm):
-    """Updates made, with this one where it moves; whether it moves; and the slot and count of those that did not."""
-    slot = word(table, tensors, number, SLOT)
-    none = tl.load(missed + slot)
-    moves = (norm > 0) & (norm < float("inf"))
-    return word(table, tensors, number, BASE) - none + 1, moves, none + 1 - moves.to(tl.int32)
-
-
 @triton.jit(do_not_specialize=["tensors"])
 def move_moments(table, owner, parts, totals, missed, norms, missed_now, tensors):
-    """R ← EMA, C ← EMA of the means of g²; a, b of √v̂ᵢⱼ = aᵢ·bⱼ as `sgc.moments.factor`, a = 0 in a row of zeros.
+    """R ← EMA, C ← EMA of the means of g²; a, b of √v̂ᵢⱼ = aᵢ·bⱼ as `sgc.whiten.factor`, a = 0 in a row of zeros.
 
     Args: table, owner, parts, totals as in `fold_sums`; missed (slots,) int32, calls that were no updates; norms
     (tensors,) fp32, ‖g‖ is stored; missed_now (tensors,) int32: `missed` after this call.
@@ -387,66 +285,6 @@ def whiten_and_apply(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tensors"])
-def dense_sums(table, owner, totals, tensors, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Σ g² of every block of many tensors.
-
-    Args: table, owner as in `tile_sums`; totals (programs, 2) fp32, the first column is stored.
-    """
-    program = tl.program_id(0)
-    number = tl.load(owner + program)
-    numel = eights(word(table, tensors, number, NUMEL), ALIGNED)
-    at = (program - word(table, tensors, number, TILE_AT)) * BLOCK + tl.arange(0, BLOCK)
-    x = read(word(table, tensors, number, GRADIENT), at, at < numel, DTYPE, ALIGNED)
-    tl.store(totals + 2 * program, tl.sum(x * x, 0))
-
-
-@triton.jit(do_not_specialize=["tensors"])
-def dense_adamw(
-    table, owner, totals, missed, norms, missed_now, tensors,
-    DTYPE: tl.constexpr, WEIGHTS: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """AdamW in fp32 on many tensors: m, v ← EMA, W ← (1 − decay)·W − lr·m̂/(√v̂ + ε), after `dense_sums`.
-
-    Args: as in `move_moments` and `dense_sums`.
-    """
-    program = tl.program_id(0)
-    number = tl.load(owner + program)
-    numel = eights(word(table, tensors, number, NUMEL), ALIGNED)
-    first = word(table, tensors, number, TILE_AT)
-    local = program - first
-    norm = tl.sqrt_rn(sum_of(totals, first, tl.cdiv(numel, BLOCK), 2))
-    count, moves, none = count_of(table, tensors, number, missed, norm)
-    if local == 0:
-        tl.store(norms + number, norm)
-        tl.store(missed_now + number, none)
-
-    keep = rate(table, tensors, number, KEEP).to(tl.float32)
-    decays = (keep != 1.0) & (norm < float("inf"))
-    at = local * BLOCK + tl.arange(0, BLOCK)
-    inside = at < tl.where(moves, numel, 0)
-    x = read(word(table, tensors, number, GRADIENT), at, inside, DTYPE, ALIGNED)
-    m_at, v_at = word(table, tensors, number, FIRST), word(table, tensors, number, SECOND)
-    m = read(m_at, at, inside, tl.float32, ALIGNED)
-    v = read(v_at, at, inside, tl.float32, ALIGNED)
-    beta1, beta2 = rate(table, tensors, number, BETA1), rate(table, tensors, number, BETA2)
-    m += (1 - beta1).to(tl.float32) * (x - m)
-    v = beta2.to(tl.float32) * v + (1 - beta2).to(tl.float32) * x * x
-    write(m_at, at, m, inside, 0, tl.float32, ALIGNED, False)
-    write(v_at, at, v, inside, 0, tl.float32, ALIGNED, False)
-    mean = m / correction(rate(table, tensors, number, LOG_BETA1), count)
-    root = tl.sqrt_rn(v) / tl.sqrt_rn(correction(rate(table, tensors, number, LOG_BETA2), count))
-    eps = rate(table, tensors, number, EPS).to(tl.float32)
-    u = tl.where(inside, mean / (root + eps), 0.0)
-    lr = rate(table, tensors, number, LR).to(tl.float32)
-    weight = word(table, tensors, number, WEIGHT)
-    touched = at < tl.where(moves | decays, numel, 0)
-    w = read(weight, at, touched, WEIGHTS, ALIGNED)
-    key = mixed(word(table, tensors, number, SEED).to(tl.uint32))
-    noise = noise_of(key, mixed(at.to(tl.uint32)))
-    write(weight, at, w * keep - lr * u, touched, noise, WEIGHTS, ALIGNED, STOCHASTIC)
-
-
 @triton.jit(do_not_specialize=["rows", "cols", "numel"])
 def tile_sums_of_one(
     grid, parts, rows, cols, numel,
@@ -500,7 +338,7 @@ def tile_height(across: int, entries: int) -> int:
 
 
 def passes(across: int, down: int, loaded: int) -> dict[str, int]:
-    """Say how a program goes through a tile, so many entries at a time: STEPS times BM rows by BN columns."""
+    """Return how a program goes through a tile, so many entries at a time: STEPS times BM rows by BN columns."""
     return {"BM": loaded // across, "BN": across, "STEPS": down * across // loaded}
 
 
@@ -510,7 +348,7 @@ def aligned(layout: Layout, *addresses: int) -> bool:
 
 
 def square_sums(gradient: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Give the row and column sums of g² in one read; the first add up to ‖g‖².
+    """Return the row and column sums of g² in one read; the first add up to ‖g‖².
 
     Args:
         gradient: of `layout.numel` entries in any shape, fp32, bf16 or fp16; a vector needs no padding to its grid.
@@ -547,7 +385,7 @@ def apply_whitened(
     seed: int | None,
     offset: int = 0,
 ) -> None:
-    """W ← (1 − decay)·W − lr·w in one launch, as `sgc.step.apply_whitened`.
+    """W ← (1 − decay)·W − lr·w in one launch, as `sgc.apply.apply_whitened`.
 
     Args:
         weight: contiguous.
@@ -574,8 +412,3 @@ def apply_whitened(
             float(lr), float(eps), signed, stochastic, fits, **passes(wide, high, MOVED), **FOUR_WARPS,
         )  # fmt: skip
     torch.autograd.graph.increment_version(weight)
-
-
-def log_or_less(beta: float) -> float:
-    """Give ln β, −∞ for β = 0."""
-    return math.log(beta) if beta > 0 else -math.inf

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from sgc.apply import apply_entries
-from sgc.backends.triton import decode as kernel
+from sgc.backends.triton import recover as kernel
+from sgc.backends.triton import scatter
 from sgc.codec.layout import make_layout
 from sgc.codec.project import Projection
 from sgc.codec.recover import pursue
@@ -37,7 +38,7 @@ def check(shape, chunk_size, sketch_size, recovered, device, seed=0, take=True):
         return False
     y = sketches_of(layout, sketch_size, seed, device)
     left = y.clone()
-    index, value = kernel.decode(left, layout, projection, recovered, take=take)
+    index, value = kernel.recover(left, layout, projection, recovered, take=take)
     assert ((index >= 0) & (index < layout.chunk)).all()
     assert (index.diff(dim=1) > 0).all(), "ascending, no two alike"
 
@@ -116,7 +117,7 @@ def test_agrees_with_torch_where_no_two_correlations_tie(device):
     layout, projection = make_layout((16, 128), 128), Projection(48, seed=2)
     y = sketches_of(layout, 48, 3, device)
     index, value = pursue(y, 128, projection, 4, "threshold")
-    got_index, got_value = kernel.decode(y, layout, projection, 4)
+    got_index, got_value = kernel.recover(y, layout, projection, 4)
     busy = y.any(1)
     assert torch.equal(got_index[busy], index[busy])
     assert (got_value - value)[busy].abs().max() <= SUM * value.abs().max()
@@ -126,14 +127,14 @@ def test_correlations_are_as_accurate_as_those_of_fp32(device):
     """A single value recovered is the correlation itself."""
     layout, projection = make_layout((400, 64), 64), Projection(24, seed=2)
     y = sketches_of(layout, 24, 5, device)
-    index, value = kernel.decode(y, layout, projection, 1)
+    index, value = kernel.recover(y, layout, projection, 1)
     expected = (y.double() @ projection.columns(64, device).double().T).gather(1, index)
     assert ((value - expected).abs() <= CORRELATION * y.double().norm(dim=1, keepdim=True)).all()
 
 
 def test_of_a_sketch_of_zeros_the_first_entries_are_recovered_as_zeros(device):
     layout, projection = make_layout((4, 64), 64), Projection(24, seed=2)
-    index, value = kernel.decode(torch.zeros(4, 24, device=device), layout, projection, 5)
+    index, value = kernel.recover(torch.zeros(4, 24, device=device), layout, projection, 5)
     assert index.tolist() == [[0, 1, 2, 3, 4]] * 4
     assert not value.any()
 
@@ -144,7 +145,7 @@ def test_brings_back_what_was_encoded(device):
     index = torch.stack([torch.randperm(256, generator=generator)[:3].sort().values for _ in range(20)]).to(device)
     value = torch.randn(20, 3, generator=generator).sign().to(device)
     y = projection.project(index, value, 256)
-    got_index, got_value = kernel.decode(y, layout, projection, 3, take=True)
+    got_index, got_value = kernel.recover(y, layout, projection, 3, take=True)
     assert torch.equal(got_index, index)
     assert (got_value - value).abs().max() < 2 * RIDGE
     assert y.abs().max() < 2 * RIDGE
@@ -185,7 +186,7 @@ def test_moves_the_weights_that_torch_moves(shape, dtype, decay, device):
     expected = weight.clone()
     apply_entries(expected, *layout.entries(update.index, update.value), 0.3, decay, None)
     before = weight.clone()
-    kernel.apply(weight, layout, update.index, update.value, 0.3, decay, None)
+    scatter.apply(weight, layout, update.index, update.value, 0.3, decay, None)
     unit = {torch.float32: 2 * EPS, torch.bfloat16: EPS_BF16, torch.float16: 2.0**-10}[dtype]
     assert ((weight - expected).abs() <= unit * expected.abs().clamp(min=1)).all()
     assert (weight == expected).float().mean() > 0.9, "rounded another way where fp32 lies between two numbers only"
@@ -205,7 +206,7 @@ def test_rounds_at_random_to_the_mean(decay, device):
     moved = []
     for seed in (1, 2, 1 << 40):
         weight = torch.full((256, 16), 1.5, dtype=torch.bfloat16, device=device)
-        kernel.apply(weight, layout, index, value, lr, decay, seed)
+        scatter.apply(weight, layout, index, value, lr, decay, seed)
         change = (1.5 - weight.float()) / EPS_BF16
         assert set(change.unique().tolist()) == {0.0, 1.0}
         target = (decay * 1.5 + lr * value[0, 0].item()) / EPS_BF16
@@ -221,7 +222,7 @@ def test_what_decays_is_rounded_at_random_too(device):
     layout = make_layout((64, 256), 256)
     weight = torch.ones(64, 256, dtype=torch.bfloat16, device=device)
     nothing = Recovered(torch.zeros(64, 1, dtype=torch.int64, device=device), torch.zeros(64, 1, device=device), None)
-    kernel.apply(weight, layout, nothing.index, nothing.value, 1.0, 2.0**-10, 5)
+    scatter.apply(weight, layout, nothing.index, nothing.value, 1.0, 2.0**-10, 5)
     share = (weight < 1).float().mean().item()
     target = 2.0**-10 / (EPS_BF16 / 2)  # below 1 the unit is half as large
     assert abs(share - target) < SIGMAS * math.sqrt(target * (1 - target) / weight.numel())
