@@ -22,9 +22,10 @@ from transformers import AutoConfig, LlamaConfig
 
 import sgc
 from benchmarks import memory, peers
+from sgc import SGC
 from sgc.backends import numba as compiled
 from sgc.parallel import pieces
-from sgc.planner import BUILT_IN, PlanError, adapters, optimizers, plan
+from sgc.planner import BUILT_IN, PlanError, adapters, layers, measure, optimizers, plan
 from sgc.planner.models import LEARNERS, check_run, load_config, make_model, parse_bytes, quiet
 from sgc.planner.plan import _compressed
 from sgc.planner.report import check_plot
@@ -831,50 +832,105 @@ def test_what_a_tall_matrix_needs_is_extrapolated_within_a_thousandth(sketch_siz
     close = functools.partial(pytest.approx, rel=0.001 if compiled.choose().path == "numba" else 0.04)
     options, shape = (("sketch_size", sketch_size),), (80 * 341, 768)  # blocks of 341 rows
     info = Info("weight", shape, torch.bfloat16)
-    (step,) = most(optimizers._measure_step(shape, info.dtype, options))
-    assert optimizers.step_temporaries(info, options) == close(step)
-    both = most(optimizers._measure_attached(shape, info.dtype, options, 8))
-    assert optimizers.attached_temporaries(info, options, 8) == close(both)
+    (step,) = most(measure._measure_step(shape, info.dtype, options))
+    assert measure.step_temporaries(info, options) == close(step)
+    both = most(measure._measure_attached(shape, info.dtype, options, 8))
+    assert measure.attached_temporaries(info, options, 8) == close(both)
 
 
 @pytest.mark.parametrize("shape", [(8, 2000, 768), (12_300_000,)])
 def test_stacks_and_long_vectors_are_extrapolated_as_matrices_are(shape, monkeypatch):
     info, options = Info("weight", shape, torch.bfloat16), (("sketch_size", 8),)
-    measure, measured = optimizers._measure_step, []
+    step, measured = measure._measure_step, []
 
     def spied(shape, *more):
         measured.append(shape)
-        return measure(shape, *more)
+        return step(shape, *more)
 
-    whole = most(measure(shape, info.dtype, options))[0]
-    monkeypatch.setattr(optimizers, "_measure_step", spied)
-    assert optimizers.step_temporaries(info, options) == pytest.approx(whole, rel=0.001)
+    whole = most(step(shape, info.dtype, options))[0]
+    monkeypatch.setattr(measure, "_measure_step", spied)
+    assert measure.step_temporaries(info, options) == pytest.approx(whole, rel=0.001)
     assert [round(torch.Size(strip).numel() / 2**18, 1) for strip in measured] == [24.0, 28.0, 32.0]
+
+
+@pytest.mark.parametrize("every", [0, 1, 8, 64])
+@pytest.mark.parametrize(
+    "options", [{}, {"sparsity": 4}, {"sketch_size": 8}, {"sketch_size": 64}, {"rank": 8}], ids=str
+)
+def test_what_is_measured_is_below_its_bound(options, every):
+    """The bound decides what need not be measured."""
+    info = Info("weight", (40 * 341, 768), torch.bfloat16)
+    group = SGC([torch.nn.Parameter(torch.empty(1))], **options).param_groups[0]
+    given, bound = tuple(options.items()), measure.most_temporaries(info, group, every)
+    if not every:
+        assert measure.step_temporaries(info, given) < bound
+    elif not options.keys() & {"rank", "sparsity"}:  # which compressed gradients refuse
+        assert max(measure.attached_temporaries(info, given, every)) < bound
+
+
+def test_a_row_that_cannot_be_the_peak_at_its_step_is_not_measured(monkeypatch):
+    """A step of `SGC()` holds less than backward has held: nothing of it is run."""
+    monkeypatch.setattr(measure, "_measure_step", lambda *_: pytest.fail("measured"))
+    config = tiny(vocab_size=50_000, max_position_embeddings=2048)
+    found = plan(config, sequence_length=2048, batch_size=4, optimizers=["sgc"])
+    assert found.rows[0].at_peak.activations > 0
+
+
+DECODERS = ("llama", "gpt2", "sliding windows in turn", "checkpointed")
+
+
+@pytest.mark.parametrize("adapter", [None, functools.partial(adapters.lora, rank=4)], ids=["whole", "LoRA"])
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_model_of_many_blocks_is_planned_from_few_to_the_byte(kind, adapter, monkeypatch):
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": 99}
+    if kind == "gpt2":
+        config = transformers.GPT2Config(n_embd=32, n_head=2, n_layer=9, vocab_size=99, n_positions=64)
+    elif "windows" in kind:
+        config = transformers.Gemma2Config(**small, num_hidden_layers=12, num_key_value_heads=1, head_dim=16)
+    else:
+        config = transformers.LlamaConfig(**small, num_hidden_layers=9)
+    run = Run(load_config(config), torch.bfloat16, 2, 24, kind == "checkpointed")
+    with torch.device("meta"):
+        meta = make_model(run.config, run.dtype)
+    whole, traced = trace(run, adapter), []
+    spied = lambda run, adapt: traced.append(run.config.num_hidden_layers) or trace(run, adapt)  # noqa: E731
+    monkeypatch.setattr(layers, "trace", spied)
+    assert layers.trace_by_blocks(run, meta, adapter) == whole
+    assert max(traced) < run.config.num_hidden_layers
+
+
+def test_blocks_that_differ_are_all_traced():
+    config = tiny(num_hidden_layers=8)
+    with torch.device("meta"):
+        model = make_model(load_config(config), torch.bfloat16)
+    assert layers.blocks_of(model).period == 1
+    model.model.layers[5].mlp.gate_proj = torch.nn.Linear(3, 5, device="meta")
+    assert layers.blocks_of(model).period == 8
 
 
 def test_the_hook_and_the_step_of_compressed_gradients_are_planned_each_with_its_own():
     weight = Info("weight", (1024, 512), torch.bfloat16)
-    found = [optimizers.attached_temporaries(weight, (), every) for every in (1, 64)]
+    found = [measure.attached_temporaries(weight, (), every) for every in (1, 64)]
     assert len({size for both in found for size in both}) == 4
     for every, (hook, step) in zip((1, 64), found, strict=True):
         contender = optimizers.attached(sample_every=every)
-        assert optimizers.hook_temporaries([weight], contender) == {(1024, 512): hook}
+        assert optimizers.hook_temporaries(weight, contender) == hook
         assert contender.step([weight]) == step
 
 
-def test_what_grows_by_block_is_extrapolated_at_each_site_and_what_does_not_is_added():
+def test_what_grows_by_block_is_extrapolated_at_each_operation_and_what_does_not_is_added():
     strips = [{"grows": 24, "ties": 30, "fast": 2}, {"grows": 28, "ties": 30, "fast": 10}]
     strips.append({"grows": 32, "ties": 40, "fast": 18})
-    assert optimizers._extrapolated(strips, 80) == (18 + 6 * 16) + (40 - 32)
+    assert measure._extrapolated(strips, 80) == (18 + 6 * 16) + (40 - 32)
 
 
 def test_a_whole_gradient_is_freed_when_its_hook_has_run(monkeypatch):
     params = [Info("a", (100,), torch.bfloat16), Info("b", (300,), torch.bfloat16), Info("kept", (7,), torch.bfloat16)]
     moments = [Held(gradients=size) for size in (0, 600, 614, 814)]
     module, hooks = importlib.import_module("sgc.planner.plan"), {(100,): 11, (300,): 13}
-    monkeypatch.setattr(module, "hook_temporaries", lambda infos, contender: hooks)
+    monkeypatch.setattr(module, "hook_temporaries", lambda info, contender: hooks[info.shape])
     found = _compressed(Trace(params, moments, {"b": 1, "kept": 2, "a": 3}), {"a": 5, "b": 9}, optimizers.attached())
-    assert [(held.gradients, held.temporaries) for held in found] == [
+    assert [(held.gradients, measured()) for held, _, measured in found] == [
         (0, 0),
         (600, 0),
         (600 + 4 * 9, 13),  # the hook of b
@@ -1127,7 +1183,7 @@ def test_nothing_is_measured_for_rows_that_were_not_asked_for(monkeypatch):
         raise AssertionError("SGC was measured")
 
     for name in ("_measure_step", "_measure_attached"):
-        monkeypatch.setattr(optimizers, name, measured)
+        monkeypatch.setattr(measure, name, measured)
     found = plan(tiny(), sequence_length=8, gpu_memory="24GB", optimizers=["sgd", "adamw_fused"])
     assert "largest" not in found.table()
     assert "largest" not in found.json()

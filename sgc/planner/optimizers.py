@@ -6,24 +6,20 @@ import ast
 import functools
 import inspect
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 
-from sgc.codec.layout import make_layout
 from sgc.optimizer import SGC
+from sgc.planner.measure import attached_temporaries, most_temporaries, step_temporaries
 from sgc.planner.models import DTYPES, PlanError, is_size
-from sgc.planner.trace import Info, Tracker
+from sgc.planner.trace import Info
 from sgc.state import projection_bytes, schema_bytes, state_schema
 
 FP32 = 4
-STRIPS = (24, 28, 32)  # blocks, whole groups of what stages work on at a time; a tensor of more is extrapolated
-Site = tuple[Any, ...]  # an operation, and the calls that led to it
 
 
 @dataclass(frozen=True)
@@ -39,6 +35,7 @@ class Contender:
     sgc: dict[str, Any] | None = None  # arguments of SGC
     attach: dict[str, int] | None = None  # arguments of SGC.attach
     sharded: bool = True  # whether it runs on shards and on flat partitions
+    most: Callable[[Info], int] = lambda info: 1 << 62  # no less than what hook or step hold for a tensor
 
     def held(self, infos: Sequence[Info]) -> int:
         """Count the state of all trained tensors."""
@@ -150,7 +147,8 @@ def sgc(**kwargs: Any) -> Contender:
     def step(infos: Sequence[Info]) -> int:
         return max((step_temporaries(info, options) for info in _largest(infos)), default=0)
 
-    return Contender(f"sgc({words})" if words else "sgc", f"SGC({words})", state, step, shared, sgc=kwargs)
+    label, most = f"SGC({words})", functools.partial(most_temporaries, group=group, every=0)
+    return Contender(f"sgc({words})" if words else "sgc", label, state, step, shared, sgc=kwargs, most=most)
 
 
 def attached(sample_every: int | None = None, **kwargs: Any) -> Contender:
@@ -172,15 +170,16 @@ def attached(sample_every: int | None = None, **kwargs: Any) -> Contender:
         return max((attached_temporaries(info, options, every)[1] for info in _largest(infos)), default=0)
 
     label = f"{whole.label} attached" + (f", sample_every={every}" if attach else "")
-    return replace(whole, spec=f"attached({words})", label=label, step=step, attach=attach, sharded=False)
+    group = SGC([nn.Parameter(torch.empty(1))], **kwargs).param_groups[0]
+    most = functools.partial(most_temporaries, group=group, every=every)
+    return replace(whole, spec=f"attached({words})", label=label, step=step, attach=attach, sharded=False, most=most)
 
 
-def hook_temporaries(infos: Sequence[Info], contender: Contender) -> dict[tuple[int, ...], int]:
-    """Find what the hook holds while it compresses a gradient, by shape of the tensor."""
+def hook_temporaries(info: Info, contender: Contender) -> int:
+    """Find what the hook holds while it compresses the gradient of a tensor."""
     assert contender.sgc is not None  # asked of SGC alone
     options, every = tuple(sorted(contender.sgc.items())), (contender.attach or {}).get("sample_every", 8)
-    shapes = {info.shape: info for info in infos}
-    return {shape: attached_temporaries(info, options, every)[0] for shape, info in shapes.items()}
+    return attached_temporaries(info, options, every)[0]
 
 
 def compressor_entries(model: nn.Module, contender: Contender) -> dict[str, int]:
@@ -208,124 +207,6 @@ def compressor_entries(model: nn.Module, contender: Contender) -> dict[str, int]
 def _largest(infos: Sequence[Info]) -> list[Info]:
     """Keep the largest tensor: the others need less."""
     return sorted(infos, key=lambda info: -info.numel)[:1]
-
-
-def step_temporaries(info: Info, options: tuple[tuple[str, Any], ...]) -> int:
-    """Find what SGC's step on one tensor holds beside weight, gradient and state, by making steps."""
-    (step,) = _of_whole(info, lambda shape: _measure_step(shape, info.dtype, options))
-    return step
-
-
-def attached_temporaries(info: Info, options: tuple[tuple[str, Any], ...], sample_every: int) -> tuple[int, int]:
-    """Find what the hook and the step hold beside weight, gradient, what is kept of it and state, by running them."""
-    hook, step = _of_whole(info, lambda shape: _measure_attached(shape, info.dtype, options, sample_every))
-    return hook, step
-
-
-def _of_whole(info: Info, measure: Callable[[tuple[int, ...]], tuple[dict[Site, int], ...]]) -> tuple[int, ...]:
-    """Measure a tensor; of one with many blocks two strips.
-
-    At each site what is held grows by the same with every block. The peak does not: it moves to the sites that grow
-    fastest, so that every site is extrapolated and the most is sought among them then. Sites that do not grow so are
-    branches that data decide, as where entries tie: what they hold more than all others is added as it is.
-    """
-    layout = make_layout(info.shape, 256)
-    rows = next((rows.stop for rows, _ in layout.blocks()), 0)
-    strips: list[tuple[int, ...]] = [(blocks * rows, layout.cols) for blocks in STRIPS]
-    if len(info.shape) == 1:  # as ragged, since that makes a padded copy
-        strips = [(math.prod(strip) + layout.numel - layout.rows * layout.cols,) for strip in strips]
-    alike = all(make_layout(strip, 256).cols == layout.cols for strip in strips)
-    if layout.rows <= STRIPS[-1] * rows or not alike:
-        return tuple(max(sites.values(), default=0) for sites in measure(info.shape))
-    return tuple(_extrapolated(sites, layout.rows / rows) for sites in zip(*map(measure, strips), strict=True))
-
-
-def _extrapolated(strips: Sequence[dict[Site, int]], blocks: float) -> int:
-    """Give the most that is held of a tensor of so many blocks, from what is held at each site of STRIPS."""
-    first, middle, last = strips
-    steady = [site for site in last if first.get(site, -1) + last[site] == 2 * middle.get(site, -1)]
-    more = (blocks - STRIPS[-1]) / (STRIPS[-1] - STRIPS[0])
-    irregular = max(last.values()) - max(last[site] for site in steady)
-    return irregular + max(round(last[site] + (last[site] - first[site]) * more) for site in steady)
-
-
-@functools.lru_cache(maxsize=256)
-def _measure_step(
-    shape: tuple[int, ...], dtype: torch.dtype, options: tuple[tuple[str, Any], ...]
-) -> tuple[dict[Site, int]]:
-    param, optimizer = _stepped(shape, dtype, options)
-    param.grad = _gradient(shape, dtype)
-    return (_temporaries(param, optimizer, param.grad, optimizer.step),)
-
-
-@functools.lru_cache(maxsize=256)
-def _measure_attached(
-    shape: tuple[int, ...], dtype: torch.dtype, options: tuple[tuple[str, Any], ...], sample_every: int
-) -> tuple[dict[Site, int], dict[Site, int]]:
-    module = nn.Module()
-    param, optimizer = _stepped(shape, dtype, options)
-    module.register_parameter("weight", param)
-    try:
-        optimizer.attach(module, sample_every=sample_every)
-    except ValueError:  # so small that it is kept whole
-        return {}, {}
-    compressor = optimizer._compressor
-    assert compressor is not None  # attached
-    slot = compressor.slots[param]
-    for _ in range(2):  # the second is clipped by what the first has learnt
-        gradient, buffer = _gradient(shape, dtype), slot.bucket.open()
-        compress = functools.partial(compressor.add, slot, gradient)
-        hook = _temporaries(param, optimizer, gradient, compress, buffer.flat)
-        del gradient, compress
-        step = _temporaries(param, optimizer, param, optimizer.step, buffer.flat)
-        param.grad = None
-    return hook, step
-
-
-def _stepped(
-    shape: tuple[int, ...], dtype: torch.dtype, options: tuple[tuple[str, Any], ...]
-) -> tuple[nn.Parameter, SGC]:
-    param = nn.Parameter(torch.zeros(shape, dtype=dtype))
-    optimizer = SGC([param], **dict(options))
-    optimizer.check_ranks = False
-    param.grad = _gradient(shape, dtype)
-    optimizer.step()
-    param.grad = None
-    return param, optimizer
-
-
-def _gradient(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-
-
-class _BySite(Tracker):
-    """Also record the most temporaries at each site."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sites: dict[Site, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        made = super().__torch_dispatch__(func, types, args, kwargs)
-        calls: list[Any] = [func]
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame.f_code is not _temporaries.__code__:
-            calls += frame.f_code, frame.f_lasti
-            frame = frame.f_back
-        site, held = tuple(calls), self.now["temporaries"]
-        self.sites[site] = max(held, self.sites.get(site, 0))
-        return made
-
-
-def _temporaries(
-    param: nn.Parameter, optimizer: SGC, gradient: torch.Tensor, act: Callable[[], Any], *kept: torch.Tensor
-) -> dict[Site, int]:
-    tracker = _BySite()
-    for tensor in (param, gradient, *kept, *optimizer.state[param].values()):
-        tracker.mark(tensor, "state")
-    with torch.no_grad(), tracker:
-        act()
-    return tracker.sites
 
 
 # ---- the others: what their packages hold, read from their source and tested against them ----------------------------

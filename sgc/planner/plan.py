@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from sgc.planner import adapters, report
+from sgc.planner.layers import trace_by_blocks
 from sgc.planner.models import DTYPES, PlanError, check_run, load_config, make_model, parse_bytes
 from sgc.planner.optimizers import FP32, Contender, compressor_entries, contender, hook_temporaries, specs
 from sgc.planner.sharding import Devices
-from sgc.planner.trace import Held, Info, Run, Trace, infos, trace
+from sgc.planner.trace import Held, Info, Run, Trace, infos
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -192,6 +193,10 @@ def plan(
     )
 
 
+# what is held, what temporaries are held beside it at most, and what measures those
+Moment = tuple[Held, int, Callable[[], int]]
+
+
 class _Planner:
     """One traced step, and what every optimizer adds to it."""
 
@@ -220,7 +225,7 @@ class _Planner:
         except ValueError as error:  # every tensor is so small that its gradient is kept whole
             return impossible(note=str(error))
         state = self.devices.state(one, traced.params)
-        peak = max(self.moments(one, traced, state, entries), key=lambda held: held.total)
+        peak = self.peak(one, traced, state, entries)
         fits = None if room is None else peak.total <= room
         held = state + FP32 * sum(entries.values())
         return Row(one.label, one.spec, held, peak, fits, estimated=not self.devices.alone)
@@ -237,7 +242,7 @@ class _Planner:
                 put = {"lora": adapters.lora, "qlora": adapters.qlora}[adapter[0]]
                 adapt = functools.partial(put, rank=adapter[1])
             try:
-                self._traces[adapter] = trace(self.run, adapt)
+                self._traces[adapter] = trace_by_blocks(self.run, self.meta, adapt)
             except PlanError as error:
                 self._traces[adapter] = error
         found = self._traces[adapter]
@@ -245,8 +250,20 @@ class _Planner:
             raise found
         return found
 
-    def moments(self, one: Contender, traced: Trace, state: int, entries: Mapping[str, int]) -> Iterator[Held]:
-        """Yield what is held at every moment of backward in which it may be most, and in the step."""
+    def peak(self, one: Contender, traced: Trace, state: int, entries: Mapping[str, int]) -> Held:
+        """Find what is held at the moment of most bytes; what can't be that moment is not measured."""
+        peak = Held()
+        for held, most, measure in self.moments(one, traced, state, entries):
+            if held.total + most > peak.total:
+                found = held.plus(temporaries=measure()) if most else held
+                peak = max(peak, found, key=lambda held: held.total)
+        return peak
+
+    def moments(self, one: Contender, traced: Trace, state: int, entries: Mapping[str, int]) -> Iterator[Moment]:
+        """Yield what is held at every moment of backward in which it may be most, and in the step.
+
+        With each, what temporaries it has at most beside these, and what measures them.
+        """
         share, weights, more = self.devices.around(traced.params, entries)
         buffers = traced.moments[0].weights - sum(info.bytes for info in traced.params)
         weights += buffers
@@ -256,11 +273,14 @@ class _Planner:
             found = Held(weights, round(share * held.gradients), state, held.activations, held.temporaries)
             return found.plus(**more._replace(temporaries=0)._asdict()) if any(more) else found
 
-        for held in _compressed(traced, entries, one) if one.attach is not None else traced.moments:
-            yield on_device(held)
+        if one.attach is None:
+            yield from ((on_device(held), 0, _nothing) for held in traced.moments)
+        else:
+            for held, most, measure in _compressed(traced, entries, one):
+                yield on_device(held), most, measure
         left = sum(info.bytes for info in trained if info.name not in entries) + FP32 * sum(entries.values())
-        step = self.devices.step(one, trained)
-        yield on_device(Held(gradients=left, temporaries=step + more.temporaries))
+        at_step = on_device(Held(gradients=left, temporaries=more.temporaries))
+        yield at_step, self.devices.most_in_step(one, trained), functools.partial(self.devices.step, one, trained)
 
     def largest(self, kind: str, room: int | None) -> int | None:
         """Find the k of the largest sketch that fits, with whole gradients ("sgc") or "attached" ones."""
@@ -276,18 +296,22 @@ class _Planner:
         return SKETCHES[low] if low >= 0 else None
 
 
-def _compressed(traced: Trace, entries: Mapping[str, int], one: Contender) -> Iterator[Held]:
+def _nothing() -> int:
+    return 0
+
+
+def _compressed(traced: Trace, entries: Mapping[str, int], one: Contender) -> Iterator[Moment]:
     """Yield what is held where gradients are freed as soon as they are there, and `entries` numbers kept of each."""
     params = {info.name: info for info in traced.params}
-    hooks = hook_temporaries([params[name] for name in entries], one)
     arriving = {at: name for name, at in traced.arrivals.items() if name in entries}
     freed = kept = 0
     for at, held in enumerate(traced.moments):
-        yield held.plus(gradients=kept - freed)
+        yield held.plus(gradients=kept - freed), 0, _nothing
         if at in arriving:
             name = arriving[at]
             kept += FP32 * entries[name]
-            yield held.plus(gradients=kept - freed, temporaries=hooks[params[name].shape])
+            hook = functools.partial(hook_temporaries, params[name], one)
+            yield held.plus(gradients=kept - freed), one.most(params[name]), hook
             freed += params[name].bytes
 
 

@@ -89,6 +89,12 @@ class Devices:
         squares = FP32 * max((piece.numel for piece in pieces), default=0)
         return max(squares, sketches + contender.step(pieces))
 
+    def most_in_step(self, contender: Contender, infos: Sequence[Info]) -> int:
+        """Return no less than `step` does, at no cost."""
+        if self.shards or contender.sgc is None:
+            return 1 << 62  # what it costs, others' closed forms, is little; parts of tensors are small
+        return max(map(contender.most, infos), default=0)
+
     def _piece(self, info: Info, infos: Sequence[Info]) -> Info:
         """Give the most of a tensor that lies in one partition, in whole rows."""
         entries = math.ceil(info.numel / self.world_size)
