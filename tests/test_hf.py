@@ -22,11 +22,12 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
 from sgc import SGC, hf
-from sgc.hf import SGCCallback, SGCFactory, create_sgc_optimizer
+from sgc.hf import SGCCallback, SGCFactory, create_sgc_optimizer, groups, measures
 from tests.pairwise import named, pairwise
 
 SKETCHED = {"sketch_size": 16, "chunk_size": 64, "min_size": 64}
@@ -189,7 +190,7 @@ def test_the_longest_match_wins_and_shorter_ones_hold_for_the_rest():
         group_of(optimizer, f"model.{name}.weight")
         for name in ("embed_tokens", "layers.0.mlp.up_proj", "layers.1.mlp.up_proj")
     )
-    assert (embed["lr"], embed["seed"], embed["min_size"]) == (0.1, 1, hf.DENSE)
+    assert (embed["lr"], embed["seed"], embed["min_size"]) == (0.1, 1, groups.DENSE)
     assert (up["lr"], up["eps"], up["seed"]) == (0.2, 1e-6, 1)
     assert later["lr"] == 0.3
     assert [name for name in names(optimizer) if "layers.1" in name] == ["model.layers.1.mlp.up_proj.weight"]
@@ -199,7 +200,7 @@ def test_the_longest_match_wins_and_shorter_ones_hold_for_the_rest():
 
 def test_a_learning_rate_alone_leaves_a_dense_head_dense():
     optimizer = create_sgc_optimizer(llama(tied=False), embeddings="dense", overrides={"lm_head": {"lr": 0.5}})
-    assert group_of(optimizer, "lm_head.weight")["min_size"] == hf.DENSE
+    assert group_of(optimizer, "lm_head.weight")["min_size"] == groups.DENSE
     optimizer = create_sgc_optimizer(llama(tied=False), embeddings="dense", overrides={"lm_head": "compressed"})
     assert group_of(optimizer, "lm_head.weight")["min_size"] == 4096
 
@@ -293,7 +294,7 @@ def test_the_schedule_scales_every_learning_rate_from_its_own_start(tmp_path):
     run = trainer(tmp_path, llama(tied=False), kwargs=kwargs, max_steps=4, lr_scheduler_type="linear", warmup_steps=2)
     seen = []
 
-    class Seen(hf.TrainerCallback):
+    class Seen(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, optimizer=None, **_):
             seen.append([group["lr"] for group in optimizer.param_groups])
 
@@ -435,7 +436,7 @@ def test_reporting_changes_no_bit_of_training(tmp_path):
 
 def test_activations_on_a_cpu_are_what_forward_saves_for_backward():
     model = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 8))
-    meter = hf._SavedForBackward(model)
+    meter = measures.SavedForBackward(model)
     meter.arm()
     model.eval()(torch.zeros(50, 24))
     model.train()(torch.zeros(5, 24)).sum().backward()
@@ -457,7 +458,7 @@ class Failing(LlamaForCausalLM):
         return super().forward(*args, **kwargs)
 
 
-class Fails(hf.TrainerCallback):
+class Fails(TrainerCallback):
     """Raises at one event of the second step, once."""
 
     def __init__(self, event, error):
@@ -594,9 +595,9 @@ def test_a_run_that_was_over_leaves_the_summary_and_says_of_gradients_that_none_
 
 def test_a_summary_that_can_not_be_written_leaves_the_old_one(tmp_path):
     path = tmp_path / "sgc_summary.json"
-    hf._write_json(path, {"steps": 1})
+    measures.write_json(path, {"steps": 1})
     with pytest.raises(ValueError, match="Out of range float"):
-        hf._write_json(path, {"steps": math.nan})
+        measures.write_json(path, {"steps": math.nan})
     assert json.loads(path.read_text()) == {"steps": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["sgc_summary.json"]
 
@@ -631,7 +632,7 @@ def test_recovery_that_finds_next_to_nothing_is_said_once(tmp_path, caplog, kwar
 def test_noise_leaves_less_unexplained_the_more_entries_explain_it():
     def left(**kwargs):
         (group,) = SGC([torch.zeros(256, 256)], **kwargs).param_groups
-        return hf._noise_error(group)
+        return measures.noise_error(group)
 
     assert left(sketch_size=0) == 0.0
     assert left(sketch_size=256) == 0.0  # nothing is recovered, the chunk is held

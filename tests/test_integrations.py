@@ -15,6 +15,7 @@ pytest.importorskip("transformers", reason="the extra sgc[hf] is not installed")
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from sgc import SGC, hf
+from sgc.hf import groups
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "integrations.md"
@@ -72,7 +73,7 @@ def judge_options(names):
     assert group_of["lm_head.weight"]["sketch_size"] == 64
     assert group_of["model.layers.1.self_attn.q_proj.weight"]["lr"] == 3e-4
     assert group_of["model.layers.1.input_layernorm.weight"]["lr"] == 1e-4
-    assert group_of["model.embed_tokens.weight"]["min_size"] == hf.DENSE
+    assert group_of["model.embed_tokens.weight"]["min_size"] == groups.DENSE
     assert not any(name.startswith("model.layers.0.") for name in group_of)
 
 

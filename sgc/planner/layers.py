@@ -11,15 +11,17 @@ import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
 
 from sgc.planner.trace import Held, Run, Trace, trace
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
 LEAST = 5  # groups of blocks for which tracing nine is less than tracing all
-Adapt = Callable[[PreTrainedModel], nn.Module]
+Adapt = Callable[["PreTrainedModel"], nn.Module]
 
 
 @dataclass(frozen=True)
