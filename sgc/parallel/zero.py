@@ -263,10 +263,11 @@ class PieceView(View):
     def total(self, v: Tensor, index: Tensor) -> Any:
         """Sum v over the tensor, each chunk counted by the piece that holds its first entry."""
         assert self.window is not None
-        first = self.seen.flat_index(torch.zeros_like(index[:, :1])) >= self.window.offset
+        first = self.seen.flat_index(torch.zeros_like(index[:, :1])) - self.window.offset
+        own = ((first >= 0) & (first < self.weight.numel())).expand_as(index)
         lengths = self.seen.lengths(index.device)
-        real = first if lengths is None else first & (index < lengths[:, None])
-        [sums] = yield [torch.stack([(v * first).sum(), real.expand_as(index).sum()])]
+        real = own if lengths is None else own & (index < lengths[:, None])
+        [sums] = yield [torch.stack([(v * own).sum(), real.sum()])]
         return sums.unbind()
 
     def apply(self, index: Tensor, value: Tensor, rates: Rates) -> None:
