@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -37,7 +37,7 @@ FACTOR = "gradient_factor"  # in every group: what clipping and unscaling made o
 RATES = ("lr", "eps", "weight_decay")
 TRAINED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # torch computes nothing in narrower ones
 FLAGS = ("stochastic_rounding", "maximize")
-CHOICES = {"moments": tuple(RULES), "recovery": METHODS, "state_dtype": tuple(DTYPES)}
+CHOICES: dict[str, Iterable[str]] = {"moments": RULES, "recovery": METHODS, "state_dtype": DTYPES}
 # AdamW's other switches. These choose an implementation: SGC takes either value, and does the same.
 IGNORED = ("foreach", "fused")
 # These would change what is computed, or promise what SGC does not do.

@@ -41,13 +41,12 @@ def update(view: View, rates: Rates) -> Update:
     Returns:
         The sparse update that was applied; None where every entry has moved.
     """
-    rule = view.rule
     if view.layout is None:  # too small to be compressed
         view.move(adamw(view.state, view.gradient, rates), rates)
         return None
 
     # whiten: √v̂ᵢⱼ = aᵢ·bⱼ from R and C, this gradient in
-    whitening = None
+    rule, whitening = view.rule, None
     if rule.whitens:
         row, col, mean = view.statistics()
         whitening = view.in_sight(whiten(view.state, row, col, rates.betas[1], rates.eps, rates.t, mean))
@@ -71,8 +70,8 @@ def update(view: View, rates: Rates) -> Update:
         # recover: the s' entries of each chunk that explain the sketch
         target = rule.target(held, rates)
         before = target[:PROBED_CHUNKS].clone()
-        method = view.group["recovery"]
-        index, value = recover(target, view.chunks, view.projection, recovered, method, take=rule.gives_up)
+        arguments = view.chunks, view.projection, recovered, view.group["recovery"]
+        index, value = recover(target, *arguments, take=rule.gives_up)
         if rule.square is not None:
             value = yield from _divide(view, index, value, rule.square(held, rates), rates.eps)
         for name in reversed(rule.held):

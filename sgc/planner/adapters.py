@@ -56,7 +56,7 @@ def _adapted(model: Any, rank: int, four_bits: bool) -> nn.Module:
 
 
 def conversion_patterns() -> dict[str, str]:
-    """Give the kinds of models that transformers converts as those of another kind: so peft finds stacked experts."""
+    """Return the kinds of models that transformers converts as those of another kind: so peft finds stacked experts."""
     from transformers import conversion_mapping
 
     found: dict[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})

@@ -69,7 +69,7 @@ def _of_whole(info: Info, measure: Callable[[tuple[int, ...]], tuple[dict[Operat
 
 
 def _extrapolated(strips: Sequence[dict[Operation, int]], blocks: float) -> int:
-    """Give the most that is held of a tensor of so many blocks, from what is held at each site of STRIPS."""
+    """Return the most that is held of a tensor of so many blocks, from what is held at each operation on STRIPS."""
     first, middle, last = strips
     steady = [site for site in last if first.get(site, -1) + last[site] == 2 * middle.get(site, -1)]
     more = (blocks - STRIPS[-1]) / (STRIPS[-1] - STRIPS[0])

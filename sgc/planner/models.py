@@ -170,7 +170,7 @@ def parse_bytes(size: str | float, name: str = "memory", *, zero: bool = False) 
 def load_config(
     model: str | os.PathLike[str] | PretrainedConfig, *, trust_remote_code: bool = False
 ) -> PretrainedConfig:
-    """Give the configuration of a built-in shape, a folder, a config.json or a model of the hub.
+    """Return the configuration of a built-in shape, a folder, a config.json or a model of the hub.
 
     Raises:
         PlanError: there is no such model, it can't be reached, it makes no sense, or it needs code of its own.
@@ -367,7 +367,7 @@ def refused(what: str, *, reason: bool = True) -> Iterator[None]:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Give what an error says in one line, with the error's name where that says more."""
+    """Return what an error says in one line, with the error's name where that says more."""
     said = " ".join(str(error).split())[:300]
     return said if isinstance(error, (OSError, ValueError)) and said else f"{type(error).__name__}: {said}".rstrip(": ")
 

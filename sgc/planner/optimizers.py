@@ -183,7 +183,7 @@ def hook_temporaries(info: Info, contender: Contender) -> int:
 
 
 def compressor_entries(model: nn.Module, contender: Contender) -> dict[str, int]:
-    """Give the fp32 numbers held of each compressed gradient, by name; `model` is on the meta device.
+    """Return the fp32 numbers held of each compressed gradient, by name; `model` is on the meta device.
 
     Raises:
         PlanError: SGC refuses the model's parameters, as where `rank` is larger than one of their sides.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -87,7 +87,7 @@ class Plan:
         return report.table(self, color)
 
     def json(self) -> str:
-        """Give the plan as JSON; all sizes are bytes."""
+        """Return the plan as JSON; all sizes are bytes."""
         held = {part.name: getattr(self, part.name) for part in fields(self) if part.repr}
         held["rows"] = [
             asdict(row) | {"at_peak": row.at_peak and row.at_peak._asdict(), "peak": row.peak} for row in self.rows
@@ -122,7 +122,7 @@ def plan(
     optimizers: Sequence[str] | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """Say what a training step of a model would hold on one device, under each optimizer, without making a weight.
+    """Plan what a training step of a model holds on one device, under each optimizer, without making a weight.
 
     Args:
         model: a built-in shape such as "llama-3-8b", a folder, a config.json, a name on the Hugging Face hub, or a
@@ -148,21 +148,10 @@ def plan(
 
     Source: ours.
     """
-    for name, flag in (("gradient_checkpointing", gradient_checkpointing), ("trust_remote_code", trust_remote_code)):
-        if not isinstance(flag, bool):
-            raise PlanError(f"{name} must be True or False, got {flag!r}")
-    if dtype not in list(DTYPES):
-        raise PlanError(f"the dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if loss not in ("plain", "chunked"):
-        raise PlanError(f'the loss must be "plain" or "chunked", got {loss!r}')
-    budget = None if gpu_memory is None else parse_bytes(gpu_memory)
-    kept = 10**9 if budget is not None else 0
-    if reserve is not None:
-        kept = parse_bytes(reserve, "the reserve", zero=True)
-    if budget is not None and budget < kept:
-        raise PlanError(f"memory must be at least the {kept:,} bytes kept free, got {gpu_memory!r}: {budget:,} bytes")
-    if optimizers is not None and not (isinstance(optimizers, (list, tuple)) and optimizers):
-        raise PlanError(f"the optimizers must be a list of at least one spec, got {optimizers!r}")
+    _check_words(
+        dtype, loss, optimizers, gradient_checkpointing=gradient_checkpointing, trust_remote_code=trust_remote_code
+    )
+    budget, kept = _memory(gpu_memory, reserve)
     devices = Devices(world_size, strategy)
     named = specs(DTYPES[dtype], lora_rank, galore_rank, apollo_rank) if optimizers is None else optimizers
     wanted = [contender(spec, DTYPES[dtype]) for spec in named]
@@ -191,6 +180,29 @@ def plan(
         named=optimizers is not None,
         _seek=functools.partial(planner.largest, room=room),
     )
+
+
+def _check_words(dtype: Any, loss: Any, optimizers: Any, **flags: Any) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise PlanError(f"{name} must be True or False, got {flag!r}")
+    if dtype not in list(DTYPES):
+        raise PlanError(f"the dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if loss not in ("plain", "chunked"):
+        raise PlanError(f'the loss must be "plain" or "chunked", got {loss!r}')
+    if optimizers is not None and not (isinstance(optimizers, (list, tuple)) and optimizers):
+        raise PlanError(f"the optimizers must be a list of at least one spec, got {optimizers!r}")
+
+
+def _memory(gpu_memory: str | float | None, reserve: str | float | None) -> tuple[int | None, int]:
+    """Return the bytes of a device, or None, and those of them that are kept free."""
+    budget = None if gpu_memory is None else parse_bytes(gpu_memory)
+    kept = 10**9 if budget is not None else 0
+    if reserve is not None:
+        kept = parse_bytes(reserve, "the reserve", zero=True)
+    if budget is not None and budget < kept:
+        raise PlanError(f"memory must be at least the {kept:,} bytes kept free, got {gpu_memory!r}: {budget:,} bytes")
+    return budget, kept
 
 
 # what is held, what temporaries are held beside it at most, and what measures those

@@ -56,7 +56,7 @@ class Devices:
         return self.shards and self.strategy.startswith("zero")
 
     def share(self, info: Info) -> Info:
-        """Give the largest shard of a tensor: the first rows."""
+        """Return the largest shard of a tensor: the first rows."""
         if not info.shape:
             return info
         if self.strategy == "zero3":
@@ -96,7 +96,7 @@ class Devices:
         return max(map(contender.most, infos), default=0)
 
     def _piece(self, info: Info, infos: Sequence[Info]) -> Info:
-        """Give the most of a tensor that lies in one partition, in whole rows."""
+        """Return the most of a tensor that lies in one partition, in whole rows."""
         entries = math.ceil(info.numel / self.world_size)
         if self.strategy != "zero3":  # cut where memory says
             entries = min(info.numel, self._partition(infos).numel)
@@ -108,7 +108,7 @@ class Devices:
         return Info("partition", (entries,), torch.float32)
 
     def around(self, infos: Sequence[Info], compressed: Collection[str] = ()) -> tuple[float, int, Held]:
-        """Say how weights and gradients are shared.
+        """Work out how weights and gradients are shared.
 
         Args:
             infos: all parameters.
@@ -144,7 +144,7 @@ class Devices:
 
 
 def _blocks(infos: Sequence[Info]) -> tuple[list[int], int]:
-    """Give the bytes of every repeated block, and of all that is in none."""
+    """Return the bytes of every repeated block, and of all that is in none."""
     blocks: dict[str, int] = {}
     rest = 0
     for info in infos:

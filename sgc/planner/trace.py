@@ -116,7 +116,7 @@ class Tracker(TorchDispatchMode):
         return [param.register_post_accumulate_grad_hook(arrived) for param in trained]
 
     def peak(self) -> Held:
-        """Give what was held at the first moment of most bytes."""
+        """Return what was held at the first moment of most bytes."""
         return max(self.moments, key=lambda held: held.total, default=Held(**self.now))
 
 
@@ -301,7 +301,7 @@ def checkpointed(model: PreTrainedModel) -> None:
 
 
 def loss_of(model: nn.Module, batch: Tensor, *, chunked: bool = False) -> Tensor:
-    """Give the loss of a model on a batch (rows, tokens), as its own forward computes it or with a chunked head."""
+    """Return the loss of a model on a batch (rows, tokens), as its own forward computes it or with a chunked head."""
     whole: Any = model
     inner = whole.get_base_model() if hasattr(model, "get_base_model") else whole
     if type(inner).__name__.endswith("ForSequenceClassification"):
@@ -317,7 +317,7 @@ def loss_of(model: nn.Module, batch: Tensor, *, chunked: bool = False) -> Tensor
 
 
 def _classes(model: Any, batch: Tensor) -> Tensor:
-    """Give what a classifier is to say of each row: a class, or numbers."""
+    """Return what a classifier is to say of each row: a class, or numbers."""
     config = model.config
     if config.problem_type == "multi_label_classification":
         return batch.new_zeros(len(batch), config.num_labels, dtype=model.dtype)
@@ -327,7 +327,7 @@ def _classes(model: Any, batch: Tensor) -> Tensor:
 
 
 def _chunked_loss(model: Any, batch: Tensor) -> Tensor:
-    """Give the loss with torch's chunked head, which never holds all logits and makes the gradients in forward."""
+    """Return the loss with torch's chunked head, which never holds all logits and makes the gradients in forward."""
     if not hasattr(nn, "LinearCrossEntropyOptions"):
         raise PlanError(f"a chunked loss needs torch.nn.LinearCrossEntropyOptions, torch {torch.__version__} has none")
     if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) or (
