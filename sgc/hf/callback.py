@@ -7,7 +7,7 @@ import inspect
 import logging
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from sgc.hf import rates
 from sgc.hf.checks import compare_arguments, find_sgc, left_out, warn_left_out, warn_unloaded
 from sgc.hf.measures import (
     SavedForBackward,
@@ -82,10 +81,6 @@ class SGCCallback(TrainerCallback):
         self._skipped = 0.0
         self._warned: set[str] = set()
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note the Trainer's rates for `SGCFactory`."""
-        rates.note(self, kwargs["model"], args)
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -96,7 +91,6 @@ class SGCCallback(TrainerCallback):
         """
         self._start()
         _go_first(self)
-        rates.begin(self, kwargs["model"])
         self._optimizer = find_sgc(kwargs.get("optimizer"))
         if self._optimizer is None:
             kind = type(kwargs.get("optimizer")).__name__
@@ -104,7 +98,7 @@ class SGCCallback(TrainerCallback):
             return
         missing = left_out(self._optimizer, kwargs["model"])
         if state.is_world_process_zero:
-            compare_arguments(args, self._optimizer, own=rates.taken.get(self._optimizer, args) is args)
+            compare_arguments(args, self._optimizer)
             warn_left_out(missing)
             warn_unloaded(self._optimizer, state)
         self._first_step = state.global_step
@@ -133,7 +127,7 @@ class SGCCallback(TrainerCallback):
             self._sums = max(self._sums, sums_held(self._optimizer))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Check every probe of the recovery."""
+        """Look at every probe of the recovery."""
         if self._optimizer is not None and state.global_step % PROBE_EVERY == 0:
             stats = self._optimizer.stats()
             self._watch_gradients(stats, state)
@@ -264,17 +258,18 @@ class SGCCallback(TrainerCallback):
             )
 
 
-def _go_first(callback: TrainerCallback) -> None:
-    """Move a callback before those that report, which the Trainer calls first and which would not see what it adds.
-
-    No event is handed the list of callbacks, and what reports copies the log at once: the handler is found among the
-    methods under way.
-    """
+def callers() -> Iterator[tuple[str, Any]]:
+    """Name the methods under way and their objects, innermost first: transformers hands its Trainer to nobody."""
     frame = inspect.currentframe()
     while frame is not None:
-        handler = frame.f_locals.get("self")
+        yield frame.f_code.co_name, frame.f_locals.get("self")
+        frame = frame.f_back
+
+
+def _go_first(callback: TrainerCallback) -> None:
+    """Put a callback before those that report, which the Trainer calls first and which would not see what it adds."""
+    for _, handler in callers():
         if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
             handler.callbacks.remove(callback)
             handler.callbacks.insert(0, callback)
             return
-        frame = frame.f_back

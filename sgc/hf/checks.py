@@ -76,21 +76,12 @@ def warn_unloaded(optimizer: SGC, state: TrainerState) -> None:
         )
 
 
-def compare_arguments(args: TrainingArguments, optimizer: SGC, *, own: bool = True) -> None:
-    """Warn which of the Trainer's arguments do not reach an optimizer that is given its own.
-
-    Args:
-        args: of the Trainer; what they leave at its default is not compared if `own`.
-        optimizer: of the Trainer.
-        own: False if it was made with the rates of another Trainer's arguments.
-    """
+def compare_arguments(args: TrainingArguments, optimizer: SGC) -> None:
+    """Warn which of the Trainer's arguments do not reach an optimizer that is given its own."""
     fields = type(args).__dataclass_fields__
-    for theirs, ours, first in (
-        ("learning_rate", "lr", "initial_lr"),
-        ("weight_decay", "weight_decay", "weight_decay"),
-    ):
-        wanted, values = getattr(args, theirs), [float(g.get(first, g[ours])) for g in optimizer.param_groups]
-        if (not own or wanted != fields[theirs].default) and wanted not in values:
+    for theirs, ours, own in (("learning_rate", "lr", "initial_lr"), ("weight_decay", "weight_decay", "weight_decay")):
+        wanted, values = getattr(args, theirs), [float(g.get(own, g[ours])) for g in optimizer.param_groups]
+        if wanted != fields[theirs].default and wanted not in values:
             _logger.warning(
                 "TrainingArguments has %s=%g, which does not reach SGC: it was made with %s=%g",
                 theirs,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from sgc.checks import flag, whole
-from sgc.hf import rates
+from sgc.hf.callback import SGCCallback, callers
 from sgc.hf.groups import Override, parameter_groups
 from sgc.optimizer import SGC
 
@@ -74,10 +74,8 @@ def create_sgc_optimizer(
 class SGCFactory:
     """Make SGC inside a Trainer, which calls `SGCFactory()(model, **kwargs)`: see `create_sgc_optimizer`.
 
-    Without `lr`, learning rate and weight decay are those of the Trainer's arguments, if it was made with `SGCCallback`
-    among its `callbacks`. Of several Trainers made for one model, the arguments of the last hold; the callback warns
-    the others. A model that `model_init` makes anew is known as long as no other Trainer with the callback waits to
-    train. A Trainer that takes no `optimizer_cls_and_kwargs`, as some of TRL's, can be given it afterwards.
+    Without `lr`, learning rate and weight decay are those of the Trainer's arguments, if `SGCCallback` is one of its
+    callbacks. A Trainer that takes no `optimizer_cls_and_kwargs`, as some of TRL's, can be given it afterwards.
 
     Example:
         >>> from transformers import Trainer
@@ -91,15 +89,19 @@ class SGCFactory:
         Raises:
             ValueError: as `create_sgc_optimizer`; or there is no `lr`, and no Trainer with `SGCCallback` to take it of.
         """
-        if "lr" in kwargs:
-            return create_sgc_optimizer(model, **kwargs)
-        args = rates.find(model)
-        if args is None:
-            raise ValueError(
-                'SGCFactory needs a learning rate, as in (SGCFactory, {"lr": 1e-3}); or add SGCCallback() to the '
-                "callbacks of the Trainer when it is made, and learning_rate and weight_decay of its arguments hold"
-            )
-        noted = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
-        optimizer = create_sgc_optimizer(model, **(noted | kwargs))
-        rates.taken[optimizer] = args
-        return optimizer
+        return create_sgc_optimizer(model, **(kwargs if "lr" in kwargs else _rates_of_trainer() | kwargs))
+
+
+def _rates_of_trainer() -> dict[str, float]:
+    """Return learning rate and weight decay of the Trainer that is making its optimizer."""
+    from transformers import Trainer
+
+    for name, owner in callers():
+        if isinstance(owner, Trainer) and name == "create_optimizer":
+            if any(isinstance(callback, SGCCallback) for callback in owner.callback_handler.callbacks):
+                return {"lr": owner.args.learning_rate, "weight_decay": owner.args.weight_decay}
+            break
+    raise ValueError(
+        'SGCFactory needs a learning rate, as in (SGCFactory, {"lr": 1e-3}); or add SGCCallback() to the callbacks of '
+        "the Trainer, and learning_rate and weight_decay of its arguments hold"
+    )

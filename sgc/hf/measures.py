@@ -103,7 +103,7 @@ class SavedForBackward:
 
 
 def can_be_hooked(model: nn.Module, args: TrainingArguments) -> bool:
-    """Return whether a model's forward can be replaced for one pass: compiled and sharded ones are left alone."""
+    """Whether a model's forward can be replaced for one pass: compiled and sharded ones are left alone."""
     compiled = args.torch_compile or any(module._compiled_call_impl is not None for module in model.modules())
     sharded = any(hasattr(param, "to_local") for param in model.parameters())
     return not compiled and not sharded
@@ -115,7 +115,7 @@ def device_of(optimizer: SGC) -> torch.device:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the peak of bytes allocated on an accelerator, or resident for the process where the system counts."""
+    """Bytes at most allocated on an accelerator, or at most resident for the process where the system says it."""
     if device.type != "cpu":
         with contextlib.suppress(RuntimeError):  # not every accelerator's allocator counts
             return torch.accelerator.max_memory_allocated(device)
@@ -154,12 +154,12 @@ def state_tensors(optimizer: SGC) -> Iterator[Tensor]:
 
 
 def sums_held(optimizer: SGC) -> int:
-    """Count the bytes of compressed gradients held now."""
+    """Bytes of compressed gradients held now."""
     return 0 if optimizer._compressor is None else optimizer._compressor.bytes()
 
 
 def state_parts(optimizer: SGC) -> dict[str, int]:
-    """Count the bytes of the state by component; what is in none of them (for `stats`) is the rest of `state_bytes`."""
+    """Bytes of the state by component; what is in none of them (for `stats`) is the rest of `state_bytes`."""
     parts = dict.fromkeys(COMPONENTS, 0)
     for held in filter(lambda held: isinstance(held, dict), optimizer.state.values()):
         for component, names in COMPONENTS.items():  # of DeepSpeed's partitions, "7.row"
