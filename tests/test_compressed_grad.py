@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from sgc import SGC
 from sgc.backward.gradient import CompressedGradient
+from sgc.backward.sums import buckets_of, rewhitening
 from sgc.moments import RULES
 from tests.tolerances import SUM
 
@@ -858,3 +859,74 @@ def test_an_attached_model_can_be_copied_and_pickled(tmp_path):
     for other in (copy.deepcopy(model), loaded):
         loss_of(other, batches(1)[0]).backward()
         assert type(other[0].weight.grad) is torch.Tensor
+
+
+# ---- what is estimated of the sums of several gradients --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"sketch_size": 0}], ids=["sketch", "sampled"])
+def test_the_norm_of_two_micro_batches_tells_gradients_that_agree_from_opposite_ones(kwargs):
+    """Of equal ones it is twice the norm of one, of opposite ones nothing is left, others are orthogonal, nearly."""
+    weight = torch.nn.Linear(64, 64, bias=False)
+    optimizer = SGC(weight.parameters(), **{**SKETCHED, **kwargs}).attach(weight, sample_every=4)
+    generator = torch.Generator().manual_seed(0)
+    gradient, other = (torch.randn(64, 64, generator=generator) for _ in range(2))
+    for second, expected in ((gradient, 2.0), (-gradient, 0.0), (other, 2**0.5)):
+        for one in (gradient, second):
+            (weight.weight * one).sum().backward()
+        assert isinstance(weight.weight.grad, CompressedGradient)
+        norm = torch.linalg.vector_norm(weight.weight.grad).item()
+        assert norm == pytest.approx(expected * gradient.norm().item(), abs=0.1 * gradient.norm().item())
+        weight.weight.grad = None
+    assert optimizer.state_bytes() > 0  # an optimizer that is gone compresses nothing
+
+
+def test_the_norm_of_a_compressed_gradient_has_the_dtype_that_is_asked_for():
+    model = make_model()
+    optimizer = SGC(model.parameters(), **SKETCHED).attach(model)
+    loss_of(model, batches(1)[0]).backward()
+    gradient = model[0].weight.grad
+    assert isinstance(gradient, CompressedGradient)
+    assert torch.linalg.vector_norm(gradient, dtype=torch.float64).dtype is torch.float64
+    assert torch.linalg.vector_norm(gradient).dtype is torch.float32
+    assert optimizer.stats()["state_bytes"] > 0
+
+
+def test_a_gradient_that_was_dropped_leaves_nothing_in_the_next():
+    """The buffer lives on in the gradient of another parameter of its bucket."""
+    found = []
+    for dropped in (False, True):
+        model = make_model()
+        optimizer = SGC(model.parameters(), **SKETCHED).attach(model)
+        buckets_of(list(optimizer._compressor.slots.values()))  # as where ranks sum
+        first, second = batches(2)
+        if dropped:
+            loss_of(model, first).backward()
+            model[0].weight.grad = model[0].bias.grad = None
+            model[2].weight.grad.zero_()
+        loss_of(model, second).backward()
+        found.append([one.clone() for one in model[0].weight.grad.sums() if one is not None])
+        assert optimizer.state_bytes() > 0
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_sketch_whitened_too_early_is_made_up_for_by_the_means_of_both_second_moments():
+    """√v̂ scales as g: twice the gradient beside no history, and less beside a long one."""
+    used = torch.tensor([4.0, 8.0])
+    assert rewhitening(torch.zeros(2), 0.9, used, 4 * used).item() == pytest.approx(0.5)
+    held = torch.full((2,), 6.0)
+    assert rewhitening(held, 0.9, used, 4 * used).item() == pytest.approx(math.sqrt((5.4 + 0.6) / (5.4 + 2.4)))
+
+
+def test_a_clipped_sum_of_one_gradient_is_folded_by_the_statistics_of_that_one():
+    model = make_model()
+    optimizer = SGC(model.parameters(), **{**SKETCHED, "moments": "whitened"}, betas=(0.9, 0.9)).attach(model)
+    loss_of(model, batches(1)[0]).backward()
+    gradient, col = model[0].weight.grad, optimizer.state[model[0].weight]["col"]
+    col.fill_(gradient.sums().col.mean().item())
+    before, used = gradient.sums().p.clone(), gradient.sums().col.clone()
+    gradient.mul_(0.5)
+    optimizer._compressor.fold(gradient)
+    assert_close(gradient.sums().p, before * 0.5 * rewhitening(col, 0.9, used, used / 4))
+    assert_close(gradient.sums().norm_sq, torch.linalg.vector_norm(gradient).square())

@@ -988,3 +988,16 @@ def test_the_norm_is_of_the_whole_gradient(options):
     optimizer.step()
     assert torch.equal(param, before)
     assert optimizer.stats()["skipped_tensors"] == 1
+
+
+def test_a_new_optimizer_has_made_no_step_and_looks_at_every_tenth():
+    optimizer = SGC([torch.nn.Parameter(torch.zeros(4, 4))])
+    assert [group["steps"] for group in optimizer.param_groups] == [0]
+    assert PROBE_EVERY == 10
+
+
+def test_a_copy_knows_the_tensors_it_was_made_with():
+    """DeepSpeed's partitions are told from them."""
+    optimizer = SGC([torch.nn.Parameter(torch.zeros(4, 4)), torch.nn.Parameter(torch.zeros(3))])
+    same = copy.deepcopy(optimizer)
+    assert [id(one) for one in same._given.tensors()] == [id(one) for one in same.param_groups[0]["params"]]

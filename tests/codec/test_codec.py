@@ -215,3 +215,7 @@ def test_a_whole_number_of_any_kind_is_one(name, guise):
     plain, other = Codec(**SIZES), Codec(**{**SIZES, name: guise(SIZES[name])})
     assert repr(other) == repr(plain)
     assert other.decode(other.encode(X), np.array(X.shape)).equal(plain.decode(plain.encode(X), X.shape))
+
+
+def test_a_codec_says_what_it_is():
+    assert repr(Codec()) == "Codec(chunk_size=1024, sketch_size=128, sparsity=16, seed=0)"

@@ -72,3 +72,13 @@ def test_the_values_are_a_copy(sparsity):
 def test_no_chunks_give_no_entries():
     index, value = top_entries(torch.zeros(0, 9), 4)
     assert index.shape == value.shape == (0, 4)
+
+
+@pytest.mark.parametrize("sparsity", [17, 24, 33])
+@pytest.mark.parametrize("n", [272, 600, 1500])
+def test_takes_more_entries_than_a_sorting_network_sorts(n, sparsity):
+    x = torch.randn(5, n, generator=torch.Generator().manual_seed(n))
+    x[1] = x[1].round()  # ties
+    index, value = top_entries(x, sparsity)
+    assert index.tolist() == [expected_top(row, sparsity) for row in x.tolist()]
+    assert torch.equal(value, x.gather(1, index))
