@@ -45,7 +45,7 @@ ROLES = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowFormat:
     """Which columns hold what.
 
     Args:
@@ -57,7 +57,7 @@ class Layout:
     columns: dict[str, str]
 
 
-def find_layout(columns: Iterable[str], named: dict[str, str | None], task: str) -> Layout:
+def find_row_format(columns: Iterable[str], named: dict[str, str | None], task: str) -> RowFormat:
     """Decide which columns mean what, from their names and from what the user named.
 
     Args:
@@ -85,12 +85,12 @@ def find_layout(columns: Iterable[str], named: dict[str, str | None], task: str)
             raise ValueError(f"classification needs a label column (--label_column); there are {', '.join(columns)}")
         if pair is None:
             raise ValueError(f"classification needs a text column (--text_column); there are {', '.join(columns)}")
-        return Layout("classification", label | dict(zip(("text", "text2"), pair, strict=False)))
+        return RowFormat("classification", label | dict(zip(("text", "text2"), pair, strict=False)))
     asked = {"instruction", "input", "output"} & given.keys()
     if "text" not in given:
         around = pick("system", "system", "system_prompt") | pick("tools", "tools", "functions")
         if (messages := pick("messages", "messages", "conversations")) and ("messages" in given or not asked):
-            return Layout("messages", messages | around)
+            return RowFormat("messages", messages | around)
         instruction = pick("instruction", "instruction", "prompt", "question")
         output = pick("output", "output", "completion", "response", "answer")
         if instruction and output:
@@ -100,12 +100,12 @@ def find_layout(columns: Iterable[str], named: dict[str, str | None], task: str)
                     "to learn every completion, wanted or not, name it: --output_column completion"
                 )
             around |= pick("input", "input", "context") | pick("history", "history")
-            return Layout("instruction", instruction | output | around)
+            return RowFormat("instruction", instruction | output | around)
         if asked:
             what = "an output (--output_column)" if instruction else "an instruction (--instruction_column)"
             raise ValueError(f"questions and answers need {what} too; there are {', '.join(columns)}")
     if pair is not None and len(pair) == 1:
-        return Layout("text", {"text": pair[0]})
+        return RowFormat("text", {"text": pair[0]})
     if {"chosen", "rejected"} <= set(columns):
         raise ValueError(
             "the columns chosen and rejected hold preferences, which this recipe does not learn from; to learn the "
@@ -215,20 +215,20 @@ def tool_call(call: Any) -> dict[str, Any]:
     return {**outer, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
-def to_messages(row: dict, layout: Layout, notes: Notes | None = None) -> list[dict[str, Any]]:
+def to_messages(row: dict, row_format: RowFormat, notes: Notes | None = None) -> list[dict[str, Any]]:
     """Return a row as a conversation; an empty one if it holds no answer to learn.
 
     Args:
         row: its columns.
-        layout: what they mean.
+        row_format: what they mean.
         notes: where is counted what is assumed.
 
     Raises:
         ValueError: a message has no role or no content, or what should be text is not.
     """
     counts: Counter[str] = Counter()
-    cells = {role: row[column] for role, column in layout.columns.items()}
-    if layout.kind == "messages":
+    cells = {role: row[column] for role, column in row_format.columns.items()}
+    if row_format.kind == "messages":
         messages = turns(cells["messages"], counts)
     else:
         messages = past(cells.get("history"), counts) + question_and_answer(cells, counts)
@@ -296,13 +296,13 @@ def past(value: Any, counts: Counter[str]) -> list[dict[str, Any]]:
     ]
 
 
-def tools_of(row: dict, layout: Layout) -> list[dict] | None:
+def tools_of(row: dict, row_format: RowFormat) -> list[dict] | None:
     """Return the tools that a row offers, as templates take them.
 
     Raises:
         ValueError: they are no list of dicts.
     """
-    tools = without_nulls(parsed(row[layout.columns["tools"]])) if "tools" in layout.columns else None
+    tools = without_nulls(parsed(row[row_format.columns["tools"]])) if "tools" in row_format.columns else None
     if not tools:
         return None
     if not isinstance(tools, list) or not all(

@@ -20,28 +20,28 @@ from datasets import ClassLabel, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from chat_templates import RefusedError, end_of_turn, plain_template, prefix_tokens, render
-from conversations import Layout, as_text, find_layout, is_learnt, to_messages, tools_of
+from conversations import RowFormat, as_text, find_row_format, is_learnt, to_messages, tools_of
 from data_files import EVAL_SPLITS, Notes, read, shortened
 
 __all__ = [  # with what scripts need of the modules above
     "IGNORE",
     "Collator",
-    "Layout",
     "Notes",
+    "RowFormat",
     "classification_examples",
     "encode_pieces",
     "end_of_turn",
-    "find_layout",
+    "find_row_format",
     "first_example",
     "generation_examples",
     "label_names",
-    "layouts",
     "pack",
     "packs_are_isolated",
     "plain_template",
     "prompts",
     "read",
     "render",
+    "row_formats",
     "split",
     "to_messages",
 ]
@@ -65,7 +65,7 @@ def split(
     """Return the rows to train on and the rows to evaluate on, which share none.
 
     The latter come from `eval_source`, else from the data set's own validation or test split, else they are held out.
-    `named` and `task` are those of `find_layout`: whether two rows are one is seen from the columns that are used.
+    `named` and `task` are those of `find_row_format`: whether two rows are one is seen from the columns that are used.
     """
     parts = read(source, config=config, notes=notes)
     if "train" not in parts:
@@ -91,18 +91,18 @@ def split(
         held_out = train.train_test_split(test_size=max(1, int(len(train) * eval_fraction)), seed=seed)
         train, test = held_out["train"], held_out["test"]
         notes.counts[f"rows held out for testing (eval_fraction={eval_fraction})"] += len(test)
-    return train, without_shared(train, test, layouts(train, test, named or {}, task), notes)
+    return train, without_shared(train, test, row_formats(train, test, named or {}, task), notes)
 
 
-def layouts(train: Dataset, test: Dataset, named: dict[str, str | None], task: str) -> tuple[Layout, Layout]:
+def row_formats(train: Dataset, test: Dataset, named: dict[str, str | None], task: str) -> tuple[RowFormat, RowFormat]:
     """Return what the columns of the training rows and of the test rows mean; they may have different names.
 
     Raises:
         ValueError: one of them can't be used, or only one of them is for classification.
     """
-    own = find_layout(train.column_names, named, task)
+    own = find_row_format(train.column_names, named, task)
     try:
-        other = find_layout(test.column_names, {r: c for r, c in named.items() if c in test.column_names}, task)
+        other = find_row_format(test.column_names, {r: c for r, c in named.items() if c in test.column_names}, task)
     except ValueError as error:
         raise ValueError(f"the test rows can't be used: {error}") from None
     if "classification" in (own.kind, other.kind) and own.kind != other.kind:
@@ -110,16 +110,16 @@ def layouts(train: Dataset, test: Dataset, named: dict[str, str | None], task: s
     return own, other
 
 
-def used(rows: Dataset, layout: Layout) -> Dataset:
+def used(rows: Dataset, row_format: RowFormat) -> Dataset:
     """Return the columns that are used; pictures and sounds in others need not be opened."""
-    return rows.select_columns(list(dict.fromkeys(layout.columns.values())))
+    return rows.select_columns(list(dict.fromkeys(row_format.columns.values())))
 
 
-def without_shared(train: Dataset, test: Dataset, known: tuple[Layout, Layout], notes: Notes) -> Dataset:
+def without_shared(train: Dataset, test: Dataset, known: tuple[RowFormat, RowFormat], notes: Notes) -> Dataset:
     """Return the test rows that don't occur in `train`, whatever else their columns hold."""
 
-    def key(row: dict, layout: Layout) -> str:
-        filled = {role: row[column] for role, column in layout.columns.items() if row[column]}
+    def key(row: dict, row_format: RowFormat) -> str:
+        filled = {role: row[column] for role, column in row_format.columns.items() if row[column]}
         return json.dumps(filled, sort_keys=True, default=str) if filled.keys() - {"label"} else ""  # left out later on
 
     seen = {key(row, known[0]) for row in used(train, known[0])} - {""}
@@ -150,7 +150,7 @@ def encode_pieces(
 
 def generation_examples(
     rows: Dataset,
-    layout: Layout,
+    row_format: RowFormat,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
@@ -164,15 +164,15 @@ def generation_examples(
     Raises:
         ValueError: a row is broken, or the chat template can't be parsed.
     """
-    if layout.kind != "text":
+    if row_format.kind != "text":
         end_of_turn(tokenizer)  # a template that can't be parsed is no fault of a row
     examples = []
-    for number, row in enumerate(used(rows, layout)):
+    for number, row in enumerate(used(rows, row_format)):
         try:
-            if layout.kind == "text":
-                made = text_examples(row[layout.columns["text"]], tokenizer, max_length, notes)
+            if row_format.kind == "text":
+                made = text_examples(row[row_format.columns["text"]], tokenizer, max_length, notes)
             else:
-                made = conversation_examples(row, layout, tokenizer, answers_only=answers_only, notes=notes)
+                made = conversation_examples(row, row_format, tokenizer, answers_only=answers_only, notes=notes)
         except ValueError as error:
             raise ValueError(f"{notes.where(row, number)}: {error}") from None
         except RefusedError as error:
@@ -186,7 +186,7 @@ def generation_examples(
                     continue
                 notes.counts[f"examples cut to {max_length} tokens"] += 1
             examples.append(example)
-    count_unused(rows, layout, notes)
+    count_unused(rows, row_format, notes)
     return examples
 
 
@@ -209,22 +209,22 @@ def text_examples(
 
 
 def conversation_examples(
-    row: dict, layout: Layout, tokenizer: PreTrainedTokenizerBase, *, answers_only: bool, notes: Notes
+    row: dict, row_format: RowFormat, tokenizer: PreTrainedTokenizerBase, *, answers_only: bool, notes: Notes
 ) -> list[dict[str, list[int]]]:
     """Return the examples of a conversation: one, or more if its chat template changes answers later on."""
-    messages = to_messages(row, layout, notes)
+    messages = to_messages(row, row_format, notes)
     if not messages:
         notes.counts["rows without an answer left out"] += 1
         return []
-    texts = render(messages, tokenizer, tools_of(row, layout), notes)
+    texts = render(messages, tokenizer, tools_of(row, row_format), notes)
     return [
         encode_pieces(pieces, tokenizer, answers_only=answers_only) for pieces in texts[0 if answers_only else -1 :]
     ]
 
 
-def count_unused(rows: Dataset, layout: Layout, notes: Notes) -> None:
+def count_unused(rows: Dataset, row_format: RowFormat, notes: Notes) -> None:
     """Count the rows that hold something in a column that is not used."""
-    others = [name for name in rows.column_names if name not in layout.columns.values()]
+    others = [name for name in rows.column_names if name not in row_format.columns.values()]
     if others:
         empty = (None, "", [], {}, '""', "[]", "{}")  # or as JSON, which is not read here
         tables = rows.select_columns(others).with_format("arrow").iter(1000)
@@ -250,16 +250,16 @@ def first_example(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, n
 
 
 def prompts(
-    rows: Dataset, layout: Layout, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+    rows: Dataset, row_format: RowFormat, tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> list[tuple[list[int], str, int]]:
     """Return (prompt tokens, wanted answer, answer's length in tokens) of each row that fits the context whole."""
     found, ends = [], end_of_turn(tokenizer)
-    for row in used(rows, layout):
-        messages = to_messages(row, layout)
+    for row in used(rows, row_format):
+        messages = to_messages(row, row_format)
         if not messages:
             continue
         try:
-            *before, answer = render(messages, tokenizer, tools_of(row, layout))[-1]
+            *before, answer = render(messages, tokenizer, tools_of(row, row_format))[-1]
         except RefusedError:  # counted with the examples
             continue
         last = [message for message in messages if is_learnt(message)][-1]
@@ -321,7 +321,7 @@ def is_whole(name: str) -> bool:
 
 def classification_examples(
     rows: Dataset,
-    layout: Layout,
+    row_format: RowFormat,
     tokenizer: PreTrainedTokenizerBase,
     *,
     names: list[str],
@@ -329,12 +329,14 @@ def classification_examples(
     notes: Notes,
 ) -> list[dict[str, Any]]:
     """Make examples with the tokens of one text or a pair, and the class as the label."""
-    label, feature = layout.columns["label"], rows.features[layout.columns["label"]]
+    label, feature = row_format.columns["label"], rows.features[row_format.columns["label"]]
     ids = {name: i for i, name in enumerate(names)}
     examples = []
-    for number, row in enumerate(used(rows, layout)):
+    for number, row in enumerate(used(rows, row_format)):
         try:
-            texts = [as_text(row[layout.columns[r]], notes.counts) for r in ("text", "text2") if r in layout.columns]
+            texts = [
+                as_text(row[row_format.columns[r]], notes.counts) for r in ("text", "text2") if r in row_format.columns
+            ]
         except ValueError as error:
             raise ValueError(f"{notes.where(row, number)}: {error}") from None
         name = class_of(row[label], feature)
@@ -346,7 +348,7 @@ def classification_examples(
             encoded = tokenizer(*texts, truncation=True, max_length=max_length)
             notes.counts[f"examples cut to {max_length} tokens"] += 1
         examples.append({**encoded, "labels": ids[name]})
-    count_unused(rows, layout, notes)
+    count_unused(rows, row_format, notes)
     return examples
 
 

@@ -186,7 +186,7 @@ def state_schema(shape: Sequence[int], group: Mapping[str, Any]) -> Schema:
 def chunks_per_slice(layout: Layout) -> int | None:
     """Return the chunks in one index of dim 0, or None where an index of it cuts a chunk."""
     rows = layout.rows_per_slice(layout.rows_per_chunk)
-    return None if rows is None else rows // layout.rows_per_chunk * layout.pieces
+    return None if rows is None else rows // layout.rows_per_chunk * layout.chunks_per_row
 
 
 def is_cut(layout: Layout, group: Mapping[str, Any]) -> bool:

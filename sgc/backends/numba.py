@@ -122,8 +122,8 @@ def top(block: Tensor, layout: Layout, whitening: Whitening | None, sparsity: in
     """Compute `sgc.codec.encode.top` for few entries of each chunk."""
     if not (sparsity < layout.chunk and sparsity <= MOST_INSERTED and usable(block)):
         return NotImplemented
-    shape = layout.chunk, layout.pieces, layout.rows_per_chunk
-    chunks = math.ceil(block.shape[0] / layout.rows_per_chunk) * layout.pieces
+    shape = layout.chunk, layout.chunks_per_row, layout.rows_per_chunk
+    chunks = math.ceil(block.shape[0] / layout.rows_per_chunk) * layout.chunks_per_row
     index = torch.empty(chunks, sparsity, dtype=torch.int64, device=_CPU)
     value = torch.empty(chunks, sparsity, dtype=_FP32, device=_CPU)
     none = torch.empty(0, dtype=_FP32, device=_CPU)

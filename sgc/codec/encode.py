@@ -89,7 +89,7 @@ def _select_block(block: Tensor, layout: Layout, whitening: Whitening | None, sp
     if whitening is None or busy is None or busy.all():
         return top(block.float(), layout, whitening, sparsity)
     found = top(block[busy].float(), layout, whitening.of(busy), sparsity)
-    return spread(*found, busy.repeat_interleave(layout.pieces))
+    return spread(*found, busy.repeat_interleave(layout.chunks_per_row))
 
 
 @stage("encode")

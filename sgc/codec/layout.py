@@ -16,18 +16,18 @@ MATRIX_SHARE = 16  # a matrix view whose rows + cols exceed 1/16 of the entries 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor of `shape` is viewed as a (rows, cols) grid and cut into (chunks, chunk) pieces.
+    """How a tensor of `shape` is viewed as a (rows, cols) grid and cut into (chunks, chunk).
 
-    The grid carries the factored second moment, the chunks carry the sketches. A chunk is a piece of one grid row
-    (`pieces` per row), or, where rows are short, `rows_per_chunk` whole rows. Only the tail of a row, or of the tensor,
-    is padded.
+    The grid carries the factored second moment, the chunks carry the sketches. A chunk is a part of one grid row, which
+    has `chunks_per_row` of them, or, where rows are short, `rows_per_chunk` whole rows. Only the tail of a row, or of
+    the tensor, is padded.
     """
 
     shape: tuple[int, ...]
     rows: int  # of the grid
     cols: int  # of the grid
     chunk: int  # n, entries of a chunk
-    pieces: int = 1  # chunks in a grid row
+    chunks_per_row: int = 1  # chunks in a grid row
     rows_per_chunk: int = 1
 
     @property
@@ -38,7 +38,7 @@ class Layout:
     @property
     def chunks(self) -> int:
         """c, the number of chunks."""
-        return math.ceil(self.rows / self.rows_per_chunk) * self.pieces
+        return math.ceil(self.rows / self.rows_per_chunk) * self.chunks_per_row
 
     @property
     def padded(self) -> bool:
@@ -71,7 +71,7 @@ class Layout:
         last = min(math.ceil(stop / (unit * self.cols)) * unit, self.rows) if stop > start else first
         begin, end = first * self.cols, min(last * self.cols, self.numel)
         seen = replace(self, shape=(end - begin,), rows=last - first)
-        before = first // self.rows_per_chunk * self.pieces
+        before = first // self.rows_per_chunk * self.chunks_per_row
         offset = start - begin if stop > start else 0
         return Window(slice(first, last), seen, offset, slice(before, before + seen.chunks))
 
@@ -80,7 +80,7 @@ class Layout:
         if self.rows_per_chunk > 1:
             missing = -grid.shape[0] % self.rows_per_chunk
             return (torch.nn.functional.pad(grid, (0, 0, 0, missing)) if missing else grid).reshape(-1, self.chunk)
-        missing = self.pieces * self.chunk - self.cols
+        missing = self.chunks_per_row * self.chunk - self.cols
         return (torch.nn.functional.pad(grid, (0, missing)) if missing else grid).reshape(-1, self.chunk)
 
     def blocks(self, entries: int = BLOCK_ENTRIES) -> Iterator[tuple[slice, slice]]:
@@ -89,15 +89,18 @@ class Layout:
         step = max(1, entries // max(1, unit * self.cols)) * unit
         for start in range(0, self.rows, step):
             stop = min(start + step, self.rows)
-            yield slice(start, stop), slice(start // unit * self.pieces, math.ceil(stop / unit) * self.pieces)
+            yield (
+                slice(start, stop),
+                slice(start // unit * self.chunks_per_row, math.ceil(stop / unit) * self.chunks_per_row),
+            )
 
     def lengths(self, device: torch.device | str) -> Tensor | None:
         """Return the number of real entries in each chunk (c,), or None where no chunk is padded."""
         if not self.padded:
             return None
         length = torch.full((self.chunks,), self.chunk, dtype=torch.int64, device=device)
-        if self.pieces > 1:
-            length.view(-1, self.pieces)[:, -1] = self.cols - (self.pieces - 1) * self.chunk
+        if self.chunks_per_row > 1:
+            length.view(-1, self.chunks_per_row)[:, -1] = self.cols - (self.chunks_per_row - 1) * self.chunk
         else:
             length[-1] = self.numel - (self.chunks - 1) * self.chunk
         return length
@@ -105,8 +108,8 @@ class Layout:
     def flat_index(self, index: Tensor) -> Tensor:
         """Turn positions inside chunks (c, s) into positions in the flattened tensor (c, s)."""
         chunk = torch.arange(self.chunks, device=index.device)
-        if self.pieces > 1:
-            start = chunk // self.pieces * self.cols + chunk % self.pieces * self.chunk
+        if self.chunks_per_row > 1:
+            start = chunk // self.chunks_per_row * self.cols + chunk % self.chunks_per_row * self.chunk
         else:
             start = chunk * self.chunk
         return index + start[:, None]
@@ -166,7 +169,7 @@ def _layout(shape: tuple[int, ...], chunk_size: int | None, within_rows: bool) -
         chunk = min(divisors, key=lambda n: (abs(n - chunk_size), n))
     else:
         chunk = math.ceil(cols / math.ceil(cols / chunk_size))
-    return Layout(shape, rows, cols, chunk, pieces=math.ceil(cols / chunk))
+    return Layout(shape, rows, cols, chunk, chunks_per_row=math.ceil(cols / chunk))
 
 
 def make_layout(shape: Sequence[int], chunk_size: int | None, *, within_rows: bool = False) -> Layout:

@@ -178,7 +178,7 @@ class Partition(Home):
             if layout is not None:
                 unit = layout.rows_per_chunk * layout.cols
                 for at in sorted({cut // unit for cut in cuts if cut % unit}):
-                    yield number, slice(at * layout.pieces, (at + 1) * layout.pieces)
+                    yield number, slice(at * layout.chunks_per_row, (at + 1) * layout.chunks_per_row)
 
     def _width(self, shape: Sequence[int]) -> int:
         layout = tensor_layout(shape, self.group)

@@ -12,36 +12,36 @@ from hypothesis import strategies as st
 from text_data import (
     IGNORE,
     Collator,
-    Layout,
     Notes,
+    RowFormat,
     classification_examples,
     encode_pieces,
     end_of_turn,
-    find_layout,
+    find_row_format,
     generation_examples,
     label_names,
-    layouts,
     pack,
     packs_are_isolated,
     plain_template,
     prompts,
     render,
+    row_formats,
     split,
     to_messages,
 )
 
 NOTHING = dict.fromkeys(("instruction", "input", "output", "messages", "text", "label"))
-INSTRUCTION = Layout("instruction", {"instruction": "instruction", "input": "input", "output": "output"})
+INSTRUCTION = RowFormat("instruction", {"instruction": "instruction", "input": "input", "output": "output"})
 ROWS = [
     {"instruction": "Say it backwards.", "input": "abc", "output": "cba"},
     {"instruction": "Say nothing else.", "input": "", "output": "ok"},
 ]
 
 
-def examples_of(rows, layout, tokenizer, *, max_length=200, answers_only=True, notes=None):
+def examples_of(rows, row_format, tokenizer, *, max_length=200, answers_only=True, notes=None):
     return generation_examples(
         rows if isinstance(rows, Dataset) else Dataset.from_list(rows),
-        layout,
+        row_format,
         tokenizer,
         max_length=max_length,
         answers_only=answers_only,
@@ -87,17 +87,20 @@ def test_a_folder_gives_its_files_as_splits(tmp_path):
     ],
 )
 def test_the_format_is_seen_from_the_columns(columns, kind):
-    assert find_layout(columns, NOTHING, "auto").kind == kind
+    assert find_row_format(columns, NOTHING, "auto").kind == kind
 
 
 def test_the_user_decides_over_what_is_seen():
-    assert find_layout(["text", "label"], NOTHING, "generation").kind == "text"
+    assert find_row_format(["text", "label"], NOTHING, "generation").kind == "text"
     named = NOTHING | {"instruction": "q", "output": "a"}
-    assert find_layout(["q", "a"], named, "auto").columns == {"instruction": "q", "output": "a"}
+    assert find_row_format(["q", "a"], named, "auto").columns == {"instruction": "q", "output": "a"}
     for named_output in ({"output": "chosen"}, {"output": "completion"}):
-        assert find_layout(["prompt", "chosen", "rejected", "completion", "label"], named_output, "auto")
-    assert find_layout(["q", "a", "messages"], named, "auto").kind == "instruction"
-    assert find_layout(["body", "stars"], NOTHING | {"text": "body", "label": "stars"}, "auto").kind == "classification"
+        assert find_row_format(["prompt", "chosen", "rejected", "completion", "label"], named_output, "auto")
+    assert find_row_format(["q", "a", "messages"], named, "auto").kind == "instruction"
+    assert (
+        find_row_format(["body", "stars"], NOTHING | {"text": "body", "label": "stars"}, "auto").kind
+        == "classification"
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,7 +118,7 @@ def test_the_user_decides_over_what_is_seen():
 )
 def test_unknown_columns_are_refused_with_a_sentence(columns, named, task, sentence):
     with pytest.raises(ValueError, match=sentence):
-        find_layout(columns, NOTHING | named, task)
+        find_row_format(columns, NOTHING | named, task)
 
 
 @pytest.mark.parametrize("template", ["own", "plain"])
@@ -146,7 +149,7 @@ def test_every_answer_of_a_conversation_bears_loss_and_no_question_does(tokenize
         {"role": "user", "content": "two"},
         {"role": "assistant", "content": "second"},
     ]
-    (example,) = examples_of([{"messages": messages}], Layout("messages", {"messages": "messages"}), tokenizer)
+    (example,) = examples_of([{"messages": messages}], RowFormat("messages", {"messages": "messages"}), tokenizer)
     assert tokenizer.decode([i for i in example["labels"] if i != IGNORE]) == "first<|eos|>second<|eos|>"
     assert tokenizer.decode(example["input_ids"]) == tokenizer.apply_chat_template(messages, tokenize=False)
 
@@ -179,7 +182,7 @@ def test_an_answer_that_stays_as_it_is_is_learnt_once(tokenizer):
 
 def test_sharegpt_names_are_understood():
     row = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}
-    assert to_messages(row, Layout("messages", {"messages": "conversations"})) == [
+    assert to_messages(row, RowFormat("messages", {"messages": "conversations"})) == [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "ho"},
     ]
@@ -187,7 +190,7 @@ def test_sharegpt_names_are_understood():
 
 def test_a_message_without_content_is_refused_with_a_sentence():
     with pytest.raises(ValueError, match="a message must have a role and a content, got"):
-        to_messages({"m": [{"role": "user"}]}, Layout("messages", {"messages": "m"}))
+        to_messages({"m": [{"role": "user"}]}, RowFormat("messages", {"messages": "m"}))
 
 
 def test_what_the_model_is_prompted_with_is_what_it_saw_before_the_answer(tokenizer):
@@ -243,7 +246,7 @@ def test_long_examples_are_cut_and_counted_and_answers_cut_away_leave_no_example
 def test_a_long_text_goes_on_in_the_next_example_and_no_token_is_lost(tokenizer):
     notes = Notes()
     text = "".join(chr(97 + i % 26) for i in range(70))
-    examples = examples_of([{"text": text}], Layout("text", {"text": "text"}), tokenizer, max_length=32, notes=notes)
+    examples = examples_of([{"text": text}], RowFormat("text", {"text": "text"}), tokenizer, max_length=32, notes=notes)
     assert tokenizer.decode([i for e in examples for i in e["input_ids"]]) == text + tokenizer.eos_token
     assert all(len(e["input_ids"]) <= 32 for e in examples)
     assert notes.lines() == ["texts longer than 32 tokens cut into several examples: 1"]
@@ -267,9 +270,9 @@ def test_class_names_become_numbers_in_order(tokenizer):
     train = Dataset.from_list(
         [{"text": "a", "label": "no"}, {"text": "b", "label": "maybe"}, {"text": "c", "label": "no"}]
     )
-    layout = Layout("classification", {"text": "text", "label": "label"})
+    row_format = RowFormat("classification", {"text": "text", "label": "label"})
     names = label_names(train, train, "label")
-    examples = classification_examples(train, layout, tokenizer, names=names, max_length=8, notes=Notes())
+    examples = classification_examples(train, row_format, tokenizer, names=names, max_length=8, notes=Notes())
     assert names == ["maybe", "no"]
     assert [e["labels"] for e in examples] == [1, 0, 1]
 
@@ -296,9 +299,9 @@ def test_an_unseen_class_or_a_single_class_is_refused():
 )
 def test_classes_may_have_gaps_and_rows_without_one_are_counted(tokenizer, labels, names, numbers):
     rows = Dataset.from_list([{"text": "a", "label": label} for label in labels], on_mixed_types="use_json")
-    layout, notes = Layout("classification", {"text": "text", "label": "label"}), Notes()
+    row_format, notes = RowFormat("classification", {"text": "text", "label": "label"}), Notes()
     assert label_names(rows, rows, "label") == names
-    found = classification_examples(rows, layout, tokenizer, names=names, max_length=8, notes=notes)
+    found = classification_examples(rows, row_format, tokenizer, names=names, max_length=8, notes=notes)
     assert [e["labels"] for e in found] == numbers
     assert notes.counts["rows without a label left out"] == len(labels) - len(numbers)
 
@@ -307,8 +310,8 @@ def test_a_label_of_the_hub_that_is_not_told_is_left_out(tokenizer):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
     rows = Dataset.from_dict({"text": ["a", "b", None], "label": [1, -1, 0]}, features=features)
     notes = Notes()
-    layout = Layout("classification", {"text": "text", "label": "label"})
-    found = classification_examples(rows, layout, tokenizer, names=["no", "yes"], max_length=8, notes=notes)
+    row_format = RowFormat("classification", {"text": "text", "label": "label"})
+    found = classification_examples(rows, row_format, tokenizer, names=["no", "yes"], max_length=8, notes=notes)
     assert [e["labels"] for e in found] == [1]
     assert notes.lines() == ["rows without a label left out: 1", "rows without a text left out: 1"]
 
@@ -340,10 +343,10 @@ def test_whatever_cells_hold_is_classes_or_a_sentence_or_counted(tmp_path, token
     path, notes = written(tmp_path / "rows.jsonl", rows), Notes()
     try:
         train, test = split(path, None, config=None, eval_fraction=0.5, seed=0, notes=notes)
-        layout = find_layout(train.column_names, {}, "auto")
+        row_format = find_row_format(train.column_names, {}, "auto")
         names = label_names(train, test, "label")
         common = {"names": names, "max_length": 99, "notes": notes}
-        found = [e for part in (train, test) for e in classification_examples(part, layout, tokenizer, **common)]
+        found = [e for part in (train, test) for e in classification_examples(part, row_format, tokenizer, **common)]
     except ValueError as error:
         said = str(error)
         found = []
@@ -375,7 +378,7 @@ def test_test_rows_may_have_columns_of_other_names(tmp_path, train, test):
     paths = [written(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", train), ("b", test))]
     found = split(*paths, config=None, eval_fraction=0.1, seed=0, notes=Notes())
     assert [len(part) for part in found] == [len(train), len(test)]
-    own, other = layouts(*found, {}, "auto")
+    own, other = row_formats(*found, {}, "auto")
     assert own.columns != other.columns
 
 

@@ -43,7 +43,7 @@ def shape_of(layout: Layout) -> dict[str, int | bool]:
     return {
         "N": layout.chunk,
         "COLS": layout.cols,
-        "PIECES": layout.pieces,
+        "PIECES": layout.chunks_per_row,
         "ROWS": layout.rows_per_chunk,
         "PADDED": layout.padded,
     }

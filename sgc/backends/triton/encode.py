@@ -139,9 +139,9 @@ def _launch(
     entries, slots = power_of_two(layout.chunk), power_of_two(sparsity)
     warps = 1 if entries <= 2 * TILE else 4
     tile = max(1, TILE // entries)
-    lines = layout.chunks // layout.pieces
+    lines = layout.chunks // layout.chunks_per_row
     with on_device_of(gradient):
-        _encode[(triton.cdiv(lines, tile) * layout.pieces,)](
+        _encode[(triton.cdiv(lines, tile) * layout.chunks_per_row,)](
             gradient,
             factor,
             norm,
