@@ -28,9 +28,9 @@ LENGTH = 128  # tokens of a row
 
 def main(model_name: str, data: str, output: str = "out") -> None:
     """Fine-tune a model on a file, and save it."""
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(model_name)
+    model = AutoModelForCausalLM.from_pretrained(model_name, trust_remote_code=False)
 
     rows = load_dataset("json" if data.endswith("l") else "text", data_files=data, split="train")
     rows = rows.filter(lambda row: row["text"].strip())

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from sgc.planner.models import PlanError
 from sgc.planner.trace import Held, Run, Trace, trace
 
 if TYPE_CHECKING:
@@ -44,7 +45,10 @@ def trace_by_blocks(run: Run, model: PreTrainedModel, adapt: Adapt | None = None
     blocks = blocks_of(model)
     if blocks is None or blocks.count < LEAST * blocks.period:
         return trace(run, adapt)
-    few = [trace(replace(run, config=_with_blocks(run.config, n * blocks.period)), adapt) for n in (2, 3, 4)]
+    try:
+        few = [trace(replace(run, config=_with_blocks(run.config, n * blocks.period)), adapt) for n in (2, 3, 4)]
+    except PlanError:  # the model as it is may take the batch, or says why not
+        return trace(run, adapt)
     growth = _growth(few[0], few[1], blocks)
     if growth is None or growth.expanded(4) != few[2]:
         return trace(run, adapt)

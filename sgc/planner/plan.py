@@ -148,10 +148,10 @@ def plan(
 
     Source: ours.
     """
-    _check_words(
-        dtype, loss, optimizers, gradient_checkpointing=gradient_checkpointing, trust_remote_code=trust_remote_code
-    )
+    _check_words(dtype, loss, gradient_checkpointing=gradient_checkpointing, trust_remote_code=trust_remote_code)
     budget, kept = _memory(gpu_memory, reserve)
+    if optimizers is not None and not (isinstance(optimizers, (list, tuple)) and optimizers):
+        raise PlanError(f"the optimizers must be a list of at least one spec, got {optimizers!r}")
     devices = Devices(world_size, strategy)
     named = specs(DTYPES[dtype], lora_rank, galore_rank, apollo_rank) if optimizers is None else optimizers
     wanted = [contender(spec, DTYPES[dtype]) for spec in named]
@@ -182,7 +182,7 @@ def plan(
     )
 
 
-def _check_words(dtype: Any, loss: Any, optimizers: Any, **flags: Any) -> None:
+def _check_words(dtype: Any, loss: Any, **flags: Any) -> None:
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise PlanError(f"{name} must be True or False, got {flag!r}")
@@ -190,8 +190,6 @@ def _check_words(dtype: Any, loss: Any, optimizers: Any, **flags: Any) -> None:
         raise PlanError(f"the dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if loss not in ("plain", "chunked"):
         raise PlanError(f'the loss must be "plain" or "chunked", got {loss!r}')
-    if optimizers is not None and not (isinstance(optimizers, (list, tuple)) and optimizers):
-        raise PlanError(f"the optimizers must be a list of at least one spec, got {optimizers!r}")
 
 
 def _memory(gpu_memory: str | float | None, reserve: str | float | None) -> tuple[int | None, int]:
