@@ -57,7 +57,7 @@ class RowFormat:
     columns: dict[str, str]
 
 
-def find_row_format(columns: Iterable[str], named: dict[str, str | None], task: str) -> RowFormat:
+def find_layout(columns: Iterable[str], named: dict[str, str | None], task: str) -> RowFormat:
     """Decide which columns mean what, from their names and from what the user named.
 
     Args:

@@ -50,7 +50,7 @@ def examples(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, notes: text_data.Notes
 ) -> tuple[dict[str, Tensor], Dataset]:
     """Tokenize rows, answers alone bearing loss, padded to one length; the rows that gave an example come along."""
-    layout = text_data.find_row_format(rows.column_names, {}, "auto")
+    layout = text_data.find_layout(rows.column_names, {}, "auto")
     if layout.kind == "classification":
         raise ValueError(f"rows must be instructions, conversations or text, got {', '.join(rows.column_names)}")
     made, kept = [], []

@@ -54,8 +54,9 @@ from federated.models import make_model
 from federated.schemes import DOWNLINKS, SCHEMES, UPLINKS, make_downlink, make_uplink, read_settings
 from federated.simulate import Simulation
 from federated.uplink import Uplink
-from federated_data import Data, open_data
+from federated_data import Data, hub_data, open_data
 
+__all__ = ["hub_data"]  # of federated_data, for scripts that know it from here
 MODELS = ("softmax", "cnn", "vit")
 
 # ------------------------------------------------------------------------------------------ model and links

@@ -190,7 +190,7 @@ def prepare(
     train_rows, test_rows = open_rows(data_args, named, args.seed, notes)
     if divide is not None:
         train_rows, test_rows = divide(train_rows, test_rows)
-    layout, test_layout = text_data.row_formats(train_rows, test_rows, named, data_args.task)
+    layout, test_layout = text_data.layouts(train_rows, test_rows, named, data_args.task)
     parts = ((train_rows, layout), (test_rows, test_layout))
     names: list[str] | None = None
     prompts: list[tuple[list[int], str, int]] = []

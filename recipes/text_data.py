@@ -20,7 +20,7 @@ from datasets import ClassLabel, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from chat_templates import RefusedError, end_of_turn, plain_template, prefix_tokens, render
-from conversations import RowFormat, as_text, find_row_format, is_learnt, to_messages, tools_of
+from conversations import RowFormat, as_text, find_layout, is_learnt, to_messages, tools_of
 from data_files import EVAL_SPLITS, Notes, read, shortened
 
 __all__ = [  # with what scripts need of the modules above
@@ -31,17 +31,17 @@ __all__ = [  # with what scripts need of the modules above
     "classification_examples",
     "encode_pieces",
     "end_of_turn",
-    "find_row_format",
+    "find_layout",
     "first_example",
     "generation_examples",
     "label_names",
+    "layouts",
     "pack",
     "packs_are_isolated",
     "plain_template",
     "prompts",
     "read",
     "render",
-    "row_formats",
     "split",
     "to_messages",
 ]
@@ -65,7 +65,7 @@ def split(
     """Return the rows to train on and the rows to evaluate on, which share none.
 
     The latter come from `eval_source`, else from the data set's own validation or test split, else they are held out.
-    `named` and `task` are those of `find_row_format`: whether two rows are one is seen from the columns that are used.
+    `named` and `task` are those of `find_layout`: whether two rows are one is seen from the columns that are used.
     """
     parts = read(source, config=config, notes=notes)
     if "train" not in parts:
@@ -91,18 +91,18 @@ def split(
         held_out = train.train_test_split(test_size=max(1, int(len(train) * eval_fraction)), seed=seed)
         train, test = held_out["train"], held_out["test"]
         notes.counts[f"rows held out for testing (eval_fraction={eval_fraction})"] += len(test)
-    return train, without_shared(train, test, row_formats(train, test, named or {}, task), notes)
+    return train, without_shared(train, test, layouts(train, test, named or {}, task), notes)
 
 
-def row_formats(train: Dataset, test: Dataset, named: dict[str, str | None], task: str) -> tuple[RowFormat, RowFormat]:
+def layouts(train: Dataset, test: Dataset, named: dict[str, str | None], task: str) -> tuple[RowFormat, RowFormat]:
     """Return what the columns of the training rows and of the test rows mean; they may have different names.
 
     Raises:
         ValueError: one of them can't be used, or only one of them is for classification.
     """
-    own = find_row_format(train.column_names, named, task)
+    own = find_layout(train.column_names, named, task)
     try:
-        other = find_row_format(test.column_names, {r: c for r, c in named.items() if c in test.column_names}, task)
+        other = find_layout(test.column_names, {r: c for r, c in named.items() if c in test.column_names}, task)
     except ValueError as error:
         raise ValueError(f"the test rows can't be used: {error}") from None
     if "classification" in (own.kind, other.kind) and own.kind != other.kind:

@@ -14,7 +14,7 @@ import finetune
 from chat_templates import plain_template
 from conversations import ROLES
 from data_files import Notes, read
-from text_data import IGNORE, find_row_format, first_example, generation_examples
+from text_data import IGNORE, find_layout, first_example, generation_examples
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "tells it", "parameters": {}}}]
@@ -31,7 +31,7 @@ def learn(rows, tokenizer, **kwargs):
     """Return (what bears loss, all text) of every example, and the notes."""
     notes = Notes()
     rows = rows if isinstance(rows, Dataset) else Dataset.from_list(rows, on_mixed_types="use_json")
-    row_format = find_row_format(rows.column_names, kwargs, "auto")
+    row_format = find_layout(rows.column_names, kwargs, "auto")
     found = generation_examples(rows, row_format, tokenizer, max_length=100_000, answers_only=True, notes=notes)
     learnt = [tokenizer.decode([i for i in e["labels"] if i != IGNORE]) for e in found]
     return learnt, [tokenizer.decode(e["input_ids"]) for e in found], notes
@@ -156,7 +156,7 @@ def test_a_broken_row_is_refused_with_its_place(tmp_path, tokenizer, row, said):
     with pytest.raises(ValueError, match=said) as refusal:
         generation_examples(
             rows,
-            find_row_format(rows.column_names, {}, "auto"),
+            find_layout(rows.column_names, {}, "auto"),
             tokenizer,
             max_length=99,
             answers_only=True,
@@ -320,7 +320,7 @@ def test_the_first_example_is_shown_with_what_bears_loss(tokenizer, monkeypatch)
     rows = Dataset.from_list([{"prompt": "x" * 5000, "completion": "a “b”"}])
     made = generation_examples(
         rows,
-        find_row_format(rows.column_names, {}, "auto"),
+        find_layout(rows.column_names, {}, "auto"),
         tokenizer,
         max_length=9999,
         answers_only=True,

@@ -17,15 +17,15 @@ from text_data import (
     classification_examples,
     encode_pieces,
     end_of_turn,
-    find_row_format,
+    find_layout,
     generation_examples,
     label_names,
+    layouts,
     pack,
     packs_are_isolated,
     plain_template,
     prompts,
     render,
-    row_formats,
     split,
     to_messages,
 )
@@ -87,20 +87,17 @@ def test_a_folder_gives_its_files_as_splits(tmp_path):
     ],
 )
 def test_the_format_is_seen_from_the_columns(columns, kind):
-    assert find_row_format(columns, NOTHING, "auto").kind == kind
+    assert find_layout(columns, NOTHING, "auto").kind == kind
 
 
 def test_the_user_decides_over_what_is_seen():
-    assert find_row_format(["text", "label"], NOTHING, "generation").kind == "text"
+    assert find_layout(["text", "label"], NOTHING, "generation").kind == "text"
     named = NOTHING | {"instruction": "q", "output": "a"}
-    assert find_row_format(["q", "a"], named, "auto").columns == {"instruction": "q", "output": "a"}
+    assert find_layout(["q", "a"], named, "auto").columns == {"instruction": "q", "output": "a"}
     for named_output in ({"output": "chosen"}, {"output": "completion"}):
-        assert find_row_format(["prompt", "chosen", "rejected", "completion", "label"], named_output, "auto")
-    assert find_row_format(["q", "a", "messages"], named, "auto").kind == "instruction"
-    assert (
-        find_row_format(["body", "stars"], NOTHING | {"text": "body", "label": "stars"}, "auto").kind
-        == "classification"
-    )
+        assert find_layout(["prompt", "chosen", "rejected", "completion", "label"], named_output, "auto")
+    assert find_layout(["q", "a", "messages"], named, "auto").kind == "instruction"
+    assert find_layout(["body", "stars"], NOTHING | {"text": "body", "label": "stars"}, "auto").kind == "classification"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +115,7 @@ def test_the_user_decides_over_what_is_seen():
 )
 def test_unknown_columns_are_refused_with_a_sentence(columns, named, task, sentence):
     with pytest.raises(ValueError, match=sentence):
-        find_row_format(columns, NOTHING | named, task)
+        find_layout(columns, NOTHING | named, task)
 
 
 @pytest.mark.parametrize("template", ["own", "plain"])
@@ -343,7 +340,7 @@ def test_whatever_cells_hold_is_classes_or_a_sentence_or_counted(tmp_path, token
     path, notes = written(tmp_path / "rows.jsonl", rows), Notes()
     try:
         train, test = split(path, None, config=None, eval_fraction=0.5, seed=0, notes=notes)
-        row_format = find_row_format(train.column_names, {}, "auto")
+        row_format = find_layout(train.column_names, {}, "auto")
         names = label_names(train, test, "label")
         common = {"names": names, "max_length": 99, "notes": notes}
         found = [e for part in (train, test) for e in classification_examples(part, row_format, tokenizer, **common)]
@@ -378,7 +375,7 @@ def test_test_rows_may_have_columns_of_other_names(tmp_path, train, test):
     paths = [written(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", train), ("b", test))]
     found = split(*paths, config=None, eval_fraction=0.1, seed=0, notes=Notes())
     assert [len(part) for part in found] == [len(train), len(test)]
-    own, other = row_formats(*found, {}, "auto")
+    own, other = layouts(*found, {}, "auto")
     assert own.columns != other.columns
 
 
